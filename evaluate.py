@@ -1,0 +1,317 @@
+"""The evaluations, inside training and as a command.
+
+    accelerate launch evaluate.py --model_dir output/best --data_dir default_data
+
+In the order of the calls. Each function names the method of Trainer that it stands for, and that one had to override:
+
+    maybe_log_save_evaluate            what is due at this step
+      evaluate                         on the DataLoader that training shares: eval/...
+        get_eval_dataloader
+        evaluation_loop -> compute_metrics
+      _rerank_evaluate                 on a DataLoader of its own: rerank/...
+        rerank_evaluate
+          get_rerank_eval_dataloader
+          rerank_evaluation_loop -> compute_metrics
+
+N queries, C candidates, M distinct inputs, B batch, D output width, W processes. Memory of a rerank evaluation, on each
+process: M x D numbers for the outputs, N x C for the scores and the indices, and one batch of inputs; nothing grows with images.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput
+
+import metrics
+from checkpoint import TRAINING_CONFIG, save_model
+from data import UserError, full_batches, read_datasets
+from launch import errors_in_one_line, make_accelerator, make_writable
+from model import DualEncoder, rerank_scores
+
+
+def maybe_log_save_evaluate(accelerator, model, state, config, eval_dataset, rerank_dataset, compute_metrics):
+    """Log, evaluate in both ways, and save, whatever is due at this step: the one place that decides it.
+
+    Stands for Trainer._maybe_log_save_evaluate. Called after each update, and once before the first (step 0), so that the
+    log begins with what the untrained model can do. Every process must call it at the same step: the evaluations, the
+    gathering of losses and the saving are done together, and one process alone would wait for the others for ever.
+    Returns what was logged.
+    """
+    log_due, evaluate_due, save_due = (
+        state.step > 0 and (state.step == state.num_updates or (every > 0 and state.step % every == 0))
+        for every in (config.log_every, config.eval_every, config.save_every)
+    )
+    evaluate_due = evaluate_due or state.step == 0
+    output_dir = Path(config.output_dir)
+    values = {}
+    if state.window and (log_due or evaluate_due or save_due):
+        # Before anything else: weights that are not finite are neither evaluated nor saved.
+        values |= training_metrics(accelerator, state)
+    if evaluate_due:
+        evaluated = evaluate(accelerator, model, eval_dataset, compute_metrics, config)
+        evaluated |= _rerank_evaluate(accelerator, model, rerank_dataset, compute_metrics, config)
+        state.evaluations[state.step] = evaluated
+        values |= evaluated
+    if values:
+        accelerator.log(values, step=state.step)  # all of a step at once: one line, one point on the axis
+    if evaluate_due and is_best(state, evaluated, config.best_metric):
+        save_model(accelerator, model, output_dir / "best", state.training_config)
+    if save_due:
+        save_model(accelerator, model, output_dir / "checkpoints" / f"step_{state.step:08d}", state.training_config)
+    if evaluate_due or save_due:
+        state.window_began = time.perf_counter()  # samples_per_second is of training alone
+    return values
+
+
+def training_metrics(accelerator, state):
+    """{"train/...": float} of the updates since the last call; the loss is the mean over every row of every process.
+
+    The one place where training waits for the device. Raises UserError if a loss or the gradients are not finite.
+    """
+    steps, learning_rates, *columns = zip(*state.window, strict=True)  # each a list, one entry a micro-batch of this process
+    shape = (accelerator.num_processes, *torch.stack(columns[0]).shape)  # (W, micro-batches, B)
+    index, weight, losses = (accelerator.gather(torch.stack(column)).cpu().view(shape) for column in columns)
+    grad_norm = float(state.grad_norm)
+    seconds, state.window_began = time.perf_counter() - state.window_began, time.perf_counter()
+    state.window.clear()
+
+    broken = ~losses.isfinite()
+    if broken.any():
+        first = broken.any(2).any(0).nonzero()[0].item()  # the first micro-batch in which one of any process is
+        rows = sorted({state.name_row(row) for row in index[:, first][broken[:, first]].abs().tolist()})
+        raise UserError(
+            f"the loss of update {steps[first] + 1} is not finite (learning rate {learning_rates[first]:.3g}) for {len(rows)} rows: "
+            f"{'; '.join(rows[:5])}. What was saved before is safe. Lower --learning_rate, or look at these rows"
+        )
+    if not math.isfinite(grad_norm) and accelerator.scaler is None:  # fp16's scaler skips such an update by itself
+        raise UserError(f"the gradient of update {state.step} is not finite (learning rate {learning_rates[-1]:.3g}); lower it")
+    return {
+        "train/loss": (weight * losses).double().mean().item(),
+        "train/grad_norm": grad_norm,
+        "train/learning_rate": learning_rates[-1],
+        "train/samples_per_second": (index >= 0).sum().item() / seconds,
+    }
+
+
+def is_best(state, values, best_metric):
+    """Whether this evaluation is the best until now, which `state` then remembers. best_metric: "min:NAME" or "max:NAME"."""
+    direction, _, name = best_metric.partition(":")
+    if name not in values:
+        raise UserError(f"--best_metric {best_metric}: no such metric; there are {', '.join(values)}")
+    value = values[name]
+    before = state.best_value
+    # A comparison with NaN is never true; the first value has nothing to be compared with, hence the test.
+    if math.isfinite(value) and (before is None or (value < before if direction == "min" else value > before)):
+        state.best_value, state.best_step = value, state.step
+        return True
+    return False
+
+
+def evaluate(accelerator, model, dataset, compute_metrics, config):
+    """{"eval/...": float}: loss and metrics on a data set of the kind that training uses. Stands for Trainer.evaluate."""
+    dataloader = get_eval_dataloader(accelerator, dataset, config)
+    with evaluation_mode(model):
+        output = evaluation_loop(accelerator, model, dataloader, dataset, compute_metrics)
+    return prefixed("eval", output.metrics)
+
+
+def get_eval_dataloader(accelerator, dataset, config):
+    """Full batches, dealt to the processes. Stands for Trainer.get_eval_dataloader, for either kind of data set."""
+    dataloader = DataLoader(
+        dataset,
+        batch_size=config.per_device_eval_batch_size,
+        sampler=full_batches(dataset.groups, config.per_device_eval_batch_size, accelerator.num_processes),
+        collate_fn=dataset.collate,
+        num_workers=config.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    # Not accelerator.prepare: it would keep every DataLoader that it is given, one more at each evaluation.
+    return prepare_data_loader(dataloader, device=accelerator.device, put_on_device=True, non_blocking=True)
+
+
+def evaluation_loop(accelerator, model, dataloader, dataset, compute_metrics):
+    """Predict, gather, compute the metrics: EvalLoopOutput(scores (N, C), labels (N,), metrics, N). Stands for Trainer.evaluation_loop."""
+    gathered = predict(accelerator, model, dataloader, len(dataset))
+    losses, scores = gathered["losses"].double(), gathered["scores"].float()  # (N,), (N, C)
+    require_finite(losses.isfinite() & ~(scores.isnan() | (scores == math.inf)).any(1), dataset, "the loss or a score")
+    output = with_metrics(scores, dataset, compute_metrics)
+    output.metrics["loss"] = losses.mean().item()
+    return output
+
+
+def _rerank_evaluate(accelerator, model, dataset, compute_metrics, config):
+    """The rerank evaluation with the model in evaluation mode, restored even on an error: {"rerank/...": float}.
+
+    Stands for the override Trainer._rerank_evaluate. What it returns goes to the log and to the tracking of the best model.
+    """
+    with evaluation_mode(model):
+        return rerank_evaluate(accelerator, model, dataset, compute_metrics, config)
+
+
+def rerank_evaluate(accelerator, model, dataset, compute_metrics, config):
+    """Get the DataLoader, run the loop, write metric.csv: {"rerank/...": float}. Stands for the override Trainer.rerank_evaluate.
+
+    The override also logs; here maybe_log_save_evaluate does, so that a step is one line of the log.
+    """
+    dataloader = get_rerank_eval_dataloader(accelerator, dataset, config)
+    output = rerank_evaluation_loop(accelerator, model, dataloader, dataset, compute_metrics)
+    if accelerator.is_main_process:
+        write_metric_csv(Path(config.output_dir) / "metric.csv", dataset, output.predictions)
+    return prefixed("rerank", output.metrics)
+
+
+def get_rerank_eval_dataloader(accelerator, dataset, config):
+    """A DataLoader over the distinct inputs of the evaluation, each once in total. Stands for the override of the same name."""
+    return get_eval_dataloader(accelerator, dataset, config)
+
+
+def rerank_evaluation_loop(accelerator, model, dataloader, dataset, compute_metrics):
+    """Predict each distinct input, gather, score, compute the metrics: EvalLoopOutput(scores (N, C), labels (N,), metrics, N).
+
+    Stands for the override of the same name, which sends one query a batch through the model, and the images of its
+    candidates again for each query and on each process.
+    """
+    outputs = predict(accelerator, model, dataloader, len(dataset))["outputs"]  # (M, D)
+    candidates = dataset.candidates.to(outputs.device)  # (N, C)
+    scores = rerank_scores(outputs, dataset.queries.to(outputs.device), candidates).float()  # (N, C)
+    require_finite((scores.isfinite() | (candidates < 0)).all(1), dataset, "a score")
+    return with_metrics(scores, dataset, compute_metrics)
+
+
+def predict(accelerator, model, dataloader, num_items):
+    """Send every batch through the model, on every process, and gather: {name: (num_items, ...)}, row i being item i.
+
+    Rows are put in their place by the index that travelled with them, never by the order in which they arrive.
+    Raises RuntimeError unless each item is there exactly once.
+    """
+    columns = defaultdict(list)
+    for batch in tqdm(dataloader, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
+        columns["index"].append(batch.pop("index"))  # (B,)
+        batch.pop("weight", None)
+        for name, values in model(**batch).items():
+            columns[name].append(values)  # (B, ...)
+    gathered = {name: accelerator.gather(torch.cat(values)) for name, values in columns.items()}  # (W x batches x B, ...)
+    index = gathered.pop("index")
+    real = index >= 0  # the rest only filled its batch
+    index = index[real]
+    times = torch.bincount(index.cpu(), minlength=num_items)
+    if len(times) != num_items or (times != 1).any():
+        raise RuntimeError(
+            f"of {num_items} items, {(times == 0).sum()} are missing after the gather (the first: {torch.nonzero(times == 0)[:5, 0].tolist()}) "
+            f"and {(times > 1).sum()} came more than once: is the DataLoader prepared, and cut by full_batches?"
+        )
+    return {name: torch.empty_like(values[real]).index_copy_(0, index, values[real]) for name, values in gathered.items()}
+
+
+def with_metrics(scores, dataset, compute_metrics):
+    # Every process computes them, on the same gathered rows, so none has to be told what the others found.
+    predictions, labels = scores.cpu().numpy(), dataset.labels.numpy()  # float32 (N, C), int64 (N,)
+    values = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels, inputs=np.arange(len(labels))))
+    return EvalLoopOutput(predictions, labels, {name: float(value) for name, value in values.items()}, len(labels))
+
+
+def require_finite(finite, dataset, what):
+    if not finite.all():
+        rows = torch.nonzero(~finite)[:, 0].tolist()
+        raise UserError(f"{what} is not finite for {len(rows)} rows: {'; '.join(map(dataset.rows.name, rows[:5]))}")
+
+
+def prefixed(prefix, values):
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+@contextmanager
+def evaluation_mode(model):
+    """No dropout and no gradients inside; the mode that the model had, after, even on an error."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def write_metric_csv(path, dataset, scores):
+    """One line a query: its columns of the CSV, its scores, the candidates in order, rank, and each metric. Whole or not at all.
+
+    Lists are JSON. Among equal scores the relevant candidate comes last, so that it stands at its rank.
+    """
+    ranks = metrics.ranks_of_relevant(scores, dataset.labels.numpy())  # (N,)
+    columns = {
+        name: [f(k, ranks) for k in metrics.TOP_K]
+        for name, f in (("Recall", metrics.recall_at), ("MRR", metrics.reciprocal_rank_at))
+    }
+    header = [*dataset.rows.columns, "candidate_resourceKey", "score", "sorted_score", "sorted_candidate_resourcekey", "rank"]
+    header += [f"{name}@{k}" for name in columns for k in metrics.TOP_K]
+    unfinished = path.with_name(f".{path.name}-unfinished")
+    with open(unfinished, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for row, (keys, label) in enumerate(zip(dataset.rows.candidates, dataset.labels.tolist(), strict=True)):
+            score = scores[row, : len(keys)]
+            order = np.lexsort((np.arange(len(keys)) == label, -score))
+            text = [str(value) for value in score]  # the shortest decimals that read back as the same float32
+            writer.writerow(
+                [values[row] for values in dataset.rows.columns.values()]
+                + [json.dumps(keys, ensure_ascii=False), f"[{', '.join(text)}]", f"[{', '.join(text[i] for i in order)}]"]
+                + [json.dumps([keys[i] for i in order], ensure_ascii=False), f"{ranks[row]:g}"]
+                + [f"{values[row]:.17g}" for lists in columns.values() for values in lists]
+            )
+    os.replace(unfinished, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Evaluate a model that train.py saved, in both ways; it gives the numbers that training logged for these weights.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--model_dir", type=Path, required=True, help="a folder that train.py saved: output/best, or one of output/checkpoints"
+    )
+    parser.add_argument("--data_dir", default=argparse.SUPPRESS, help="the data folder (default: the one of the training)")
+    parser.add_argument("--output_dir", type=Path, default=Path("evaluation"), help="where metric.csv goes")
+    parser.add_argument(
+        "--per_device_batch_size",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="inputs in a batch, on a process (default: that of the training's evaluations)",
+    )
+    arguments = parser.parse_args()
+    if not (arguments.model_dir / TRAINING_CONFIG).is_file():
+        raise UserError(
+            f"--model_dir {arguments.model_dir}: there is no {TRAINING_CONFIG} in it; name a folder that train.py saved"
+        )
+    config = json.loads((arguments.model_dir / TRAINING_CONFIG).read_text(encoding="utf-8"))
+    config = argparse.Namespace(**config | vars(arguments))
+    config.per_device_eval_batch_size = getattr(arguments, "per_device_batch_size", config.per_device_eval_batch_size)
+
+    accelerator = make_accelerator(mixed_precision=config.mixed_precision)
+    make_writable(config.output_dir)
+    model = DualEncoder.from_pretrained(config.model_dir)
+    eval_dataset, rerank_dataset = read_datasets(config, model.config, ("eval", "test_vocabulary"))
+    model = accelerator.prepare(model)
+    values = evaluate(accelerator, model, eval_dataset, metrics.compute_metrics, config)
+    values |= _rerank_evaluate(accelerator, model, rerank_dataset, metrics.compute_metrics, config)
+    for name, value in values.items():
+        accelerator.print(f"{name:<20}{value:10.6f}")
+    accelerator.print(f"{config.output_dir / 'metric.csv'} has a line for each of the {len(rerank_dataset.labels)} queries")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with errors_in_one_line():
+        main()

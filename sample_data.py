@@ -1,0 +1,205 @@
+"""Builds the default data set: icons of six design teams, as the pages and elements of a match-element search.
+
+    python sample_data.py --data_dir default_data
+
+train.py calls `build` when the default folder is absent. Delete this file when you bring data of your own.
+
+The icons come from the fonts inside the PyPI package `qtawesome`. A *style* is one way of drawing (ph-thin, mdi-outline, ...);
+a *search word* is a word of an icon's name; a *page* holds icons of one style, one of them taken out; the *candidates* are the
+icons of every style whose name has the word. The one that was taken out is relevant, and the others of its style are left out,
+so that there is one right answer: the element in the style of the page. Words, and the icons they bring, are split between
+train, eval and test_vocabulary: the test asks for words and elements that training never saw.
+
+With the same packages every run writes the same bytes.
+"""
+
+import argparse
+import csv
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+SEED = 0
+PAGE_SIZE, ELEMENT_SIZE = 64, 32  # pixels; an element stands in its page at its own size, so line widths compare
+PAGES = {"train": 8000, "eval": 500, "test_vocabulary": 500}  # rows that training or evaluation will use
+SHARE = {"train": 0.76, "eval": 0.08, "test_vocabulary": 0.16}  # of the search words
+ODD_ROWS = 5  # a CSV has as many rows without candidates, and as many with 400 or more, as real data has
+COLUMNS = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info"]
+
+# font file (without its version) -> the styles in it, each told from the others by the suffix of the icon's name
+FONTS = {
+    "fontawesome6-regular-webfont": {"fa-regular": ""},
+    "fontawesome6-solid-webfont": {"fa-solid": ""},
+    "materialdesignicons6-webfont": {"mdi-outline": "-outline", "mdi-filled": ""},
+    "phosphor": {"ph-thin": "-thin", "ph-light": "-light", "ph-bold": "-bold", "ph-fill": "-fill", "ph-regular": ""},
+    "remixicon": {"ri-line": "-line", "ri-fill": "-fill"},
+    "codicon": {"codicon": ""},
+    "elusiveicons-webfont": {"elusive": ""},
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data_dir", type=Path, default=Path("default_data"), help="folder to write; it must not exist yet")
+    build(parser.parse_args().data_dir)
+
+
+def build(data_dir, progress=True):
+    """Write the whole data set to `data_dir` (the layout is told in data.py).
+
+    It is written beside `data_dir` and renamed when whole, so that an interrupted build is never taken for a data set.
+    Raises FileExistsError if `data_dir` is there already.
+    """
+    data_dir = Path(data_dir)
+    if data_dir.exists():
+        raise FileExistsError(f"{data_dir} exists already: remove it to have it built again")
+    data_dir.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{data_dir.name}-unfinished-", dir=data_dir.parent))
+    try:
+        for folder in ("csv", "images", "elements"):
+            (unfinished / folder).mkdir()
+        icons = read_icons()
+        with tqdm(
+            total=len(icons) + sum(PAGES.values()) + 2 * ODD_ROWS * len(PAGES),
+            desc="building the default data",
+            unit="image",
+            disable=not progress,
+        ) as bar:
+            glyphs = draw_elements(icons, unfinished / "elements", bar)
+            for number, (split, (split_icons, words)) in enumerate(split_by_word(icons).items()):
+                random = np.random.default_rng((SEED, number))
+                rows = compose_pages(split, split_icons, words, glyphs, random, unfinished / "images", bar)
+                with open(unfinished / "csv" / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerows([COLUMNS, *rows])
+        unfinished.chmod(0o755)  # mkdtemp lets nobody else read it
+        os.rename(unfinished, data_dir)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_icons():
+    """Return {(style, name without the style's suffix): (font file, code point)}, in a fixed order."""
+    # The package is found, not imported: importing it asks for Qt.
+    package = importlib.util.find_spec("qtawesome")
+    if package is None:
+        raise ModuleNotFoundError("the default data is drawn from the fonts of the package qtawesome: pip install qtawesome")
+    folder = Path(package.submodule_search_locations[0]) / "fonts"
+    icons = {}
+    for font, styles in FONTS.items():
+        charmap = json.loads(next(folder.glob(f"{font}-charmap-*.json")).read_text())
+        font_file = next(folder.glob(f"{font}-[0-9]*.ttf"))
+        for name, code_point in sorted(charmap.items()):
+            style = next((style for style, suffix in styles.items() if name.endswith(suffix)), None)
+            if style is not None:  # a few of remixicon are neither line nor fill
+                icons[style, name.removesuffix(styles[style])] = (font_file, int(code_point, 16))
+    return icons
+
+
+def split_by_word(icons):
+    """Deal the search words to the splits, and each icon to one split: return {split: (icons, words)}.
+
+    A word with many icons is no subject but a manner ("circle", "off"), and one with few leaves nothing to rank: neither is
+    a search word. An icon with a word of the test goes to the test, whatever its other words, so that no word of the test
+    brings an icon that training saw; the same for eval.
+    """
+    found = defaultdict(set)
+    for style, name in icons:
+        for word in name.split("-"):
+            found[word].add((style, name))
+    words = sorted(
+        w for w, has in found.items() if len(w) > 2 and w.isalpha() and 8 <= len(has) <= 160 and len({s for s, _ in has}) > 2
+    )
+    words = [words[i] for i in np.random.default_rng(SEED).permutation(len(words))]
+    ends = np.cumsum([0, *SHARE.values()]) * len(words)
+    dealt = {split: set(words[round(ends[i]) : round(ends[i + 1])]) for i, split in enumerate(SHARE)}
+    splits = {split: [] for split in SHARE}
+    for style, name in icons:
+        for split in ("test_vocabulary", "eval", "train"):
+            if split == "train" or dealt[split] & set(name.split("-")):
+                splits[split].append((style, name))
+                break
+    return {split: (splits[split], sorted(dealt[split])) for split in SHARE}
+
+
+def draw_elements(icons, folder, bar):
+    """Write {style}_{name}.png for each icon and return {(style, name): its uint8 (ELEMENT_SIZE, ELEMENT_SIZE) ink, 255 = black}."""
+    glyphs = {}
+    for number, ((style, name), (font_file, code_point)) in enumerate(icons.items()):
+        # One font size for all icons of a font keeps its line width; only those too wide for the square are drawn smaller.
+        size, character = ELEMENT_SIZE - 4, chr(code_point)
+        left, top, right, bottom = load_font(font_file, size).getbbox(character)
+        if max(right - left, bottom - top) > ELEMENT_SIZE:
+            size = size * ELEMENT_SIZE // max(right - left, bottom - top)
+        ink = Image.new("L", (ELEMENT_SIZE, ELEMENT_SIZE))
+        middle = ELEMENT_SIZE / 2, ELEMENT_SIZE / 2
+        left, top, right, bottom = load_font(font_file, size).getbbox(character)
+        origin = middle[0] - (left + right) / 2, middle[1] - (top + bottom) / 2
+        ImageDraw.Draw(ink).text(origin, character, fill=255, font=load_font(font_file, size))
+        if number % 2:  # every other element is a transparent PNG, as designers export them
+            element = Image.new("LA", ink.size)
+            element.putalpha(ink)
+        else:
+            element = ImageOps.invert(ink)
+        element.save(folder / f"{style}_{name}.png", compress_level=1)
+        glyphs[style, name] = np.asarray(ink)
+        bar.update()
+    return glyphs
+
+
+def compose_pages(split, icons, words, glyphs, random, folder, bar):
+    """Write the pages of one split and return its CSV rows, in the order of COLUMNS."""
+    by_style, by_word = defaultdict(list), defaultdict(lambda: defaultdict(list))
+    for style, name in icons:
+        by_style[style].append(name)
+        for word in name.split("-"):
+            by_word[word][style].append(name)
+
+    def pick(items):
+        return items[random.integers(len(items))]
+
+    rows = []
+    words = [word for word in words if len(by_word[word]) > 1]  # one style alone would leave nothing to rank
+    while len(rows) < PAGES[split] + 2 * ODD_ROWS:
+        word = pick(words)
+        style = pick(list(by_word[word]))
+        name = pick(by_word[word][style])
+        found = [(style, name)] + [(s, n) for s, names in by_word[word].items() if s != style for n in names]
+        odd = len(rows) - PAGES[split]  # the odd rows come last
+        if odd >= ODD_ROWS:  # a search that found far too much
+            found += [icon for icon in icons if icon[0] != style and icon not in found][: 400 - len(found) + odd]
+        found = [] if 0 <= odd < ODD_ROWS else [f"{s}_{n}" for s, n in found]
+
+        # Four icons of the style on a 2 x 2 grid, of which the first, the relevant one, is taken out again.
+        cells = [(x, y) for y in (0, ELEMENT_SIZE) for x in (0, ELEMENT_SIZE)]
+        cells = [cells[i] for i in random.permutation(len(cells))]
+        page = np.full((PAGE_SIZE, PAGE_SIZE), 255, np.uint8)
+        for x, y in cells[1:]:
+            page[y : y + ELEMENT_SIZE, x : x + ELEMENT_SIZE] -= glyphs[style, pick(by_style[style])]
+        path = f"{split}_{len(rows):05d}"
+        Image.fromarray(page).save(folder / f"{path}.png", compress_level=1)
+        (x, y), box = cells[0], ELEMENT_SIZE
+        rows.append(
+            [word, len(rows) // 4, len(rows) % 4, path, f"{style}_{name}", [found[i] for i in random.permutation(len(found))]]
+            + [[PAGE_SIZE, PAGE_SIZE], [x, y, x + box, y + box]]
+        )
+        bar.update()
+    return rows
+
+
+@functools.cache
+def load_font(font_file, size):
+    # The basic layout engine: the other one, where it is installed, places glyphs differently.
+    return ImageFont.truetype(font_file, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+if __name__ == "__main__":
+    main()
