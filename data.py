@@ -50,12 +50,10 @@ def read_datasets(config, image_sizes, splits):
     read = [read_rows(config.data_dir, split, config.max_candidates) for split in splits]
     pages, elements = {}, {}  # key -> where it is asked for first
     for rows in read:
-        for number, (page, relevant, keys) in enumerate(
-            zip(rows.columns["x_image_path"], rows.columns["resourceKey"], rows.candidates)
-        ):
-            pages.setdefault(page, (rows, number))
-            for key in (relevant, *keys):
-                elements.setdefault(key, (rows, number))
+        for row, keys in enumerate(rows.candidates):
+            pages.setdefault(rows.columns["x_image_path"][row], (rows, row))
+            for key in (rows.columns["resourceKey"][row], *keys):
+                elements.setdefault(key, (rows, row))
     pages = Images(Path(config.data_dir) / "images", pages, image_sizes.page_size)
     elements = Images(Path(config.data_dir) / "elements", elements, image_sizes.element_size)
     return [
@@ -86,17 +84,17 @@ def read_rows(data_dir, split, max_candidates):
     Cells are parsed as literals, never evaluated. Raises UserError.
     """
     path = Path(data_dir) / "csv" / f"{split}.csv"
-    rows = Rows(path, [], {name: [] for name in COLUMNS[:5]}, [], dict(used=0, no_candidates=0, too_many_candidates=0))
-    parsed = {}  # text of a cell -> its value: lists come back with their search word, and parsing them is the slow part
+    rows = Rows(path, [], {name: [] for name in COLUMNS[:5]}, [], {"used": 0, "no_candidates": 0, "too_many_candidates": 0})
+    parsed = {}  # (column, text) -> value: lists come back with their search word, and parsing them is the slow part
     for number, row in read_csv(path):
         for name in ("candidate_resourceKey", "x_info", "y_info"):
-            if row[name] not in parsed:
+            if (name, row[name]) not in parsed:
                 try:
                     value = parse_literal(row[name])
-                    parsed[row[name]] = as_keys(value) if name == "candidate_resourceKey" else value
-                except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+                    parsed[name, row[name]] = as_keys(value) if name == "candidate_resourceKey" else value
+                except (ValueError, RecursionError, MemoryError) as error:
                     raise UserError(f"{path}, row {number}, column {name}: {error} in {shorten(row[name])}") from None
-        found, keys = parsed[row["candidate_resourceKey"]] or (0, ())
+        found, keys = parsed["candidate_resourceKey", row["candidate_resourceKey"]]
         kind = "no_candidates" if found == 0 else "too_many_candidates" if found >= max_candidates else "used"
         rows.counts[kind] += 1
         if kind == "used":
@@ -135,7 +133,7 @@ def read_csv(path):
 
 
 def parse_literal(text):
-    """The value of a cell, JSON or a Python literal; None for an empty one. Code is refused, not run. Raises ValueError or SyntaxError."""
+    """The value of a cell, JSON or a Python literal; None for an empty one. Raises ValueError, also for code: none is run."""
     if not text.strip():
         return None
     try:
@@ -298,11 +296,11 @@ class RerankDataset(Dataset):
         self.queries = torch.from_numpy(np.searchsorted(self.page_inputs, page))
         self.candidates = torch.full((len(rows.candidates), max(map(len, lists))), -1)
         self.labels = torch.full((len(rows.candidates),), -1)
-        for row, (key, keys) in enumerate(zip(rows.columns["resourceKey"], rows.candidates)):
+        for row, keys in enumerate(rows.candidates):
             inputs = first_element + np.searchsorted(self.element_inputs, lists[row])
             self.candidates[row, : len(inputs)] = torch.from_numpy(inputs)
-            if key in keys:
-                self.labels[row] = keys.index(key)
+            if rows.columns["resourceKey"][row] in keys:
+                self.labels[row] = keys.index(rows.columns["resourceKey"][row])
 
     def __len__(self):
         return len(self.page_inputs) + len(self.element_inputs)

@@ -93,8 +93,8 @@ def training_metrics(accelerator, state):
         first = broken.any(2).any(0).nonzero()[0].item()  # the first micro-batch in which one of any process is
         rows = sorted({state.name_row(row) for row in index[:, first][broken[:, first]].abs().tolist()})
         raise UserError(
-            f"the loss of update {steps[first] + 1} is not finite (learning rate {learning_rates[first]:.3g}) for {len(rows)} rows: "
-            f"{'; '.join(rows[:5])}. What was saved before is safe. Lower --learning_rate, or look at these rows"
+            f"the loss of update {steps[first] + 1} is not finite (learning rate {learning_rates[first]:.3g}), {len(rows)} rows: "
+            f"{'; '.join(rows[:5])}: lower --learning_rate, or look at these rows. What was saved before is safe"
         )
     if not math.isfinite(grad_norm) and accelerator.scaler is None:  # fp16's scaler skips such an update by itself
         raise UserError(f"the gradient of update {state.step} is not finite (learning rate {learning_rates[-1]:.3g}); lower it")
@@ -143,7 +143,10 @@ def get_eval_dataloader(accelerator, dataset, config):
 
 
 def evaluation_loop(accelerator, model, dataloader, dataset, compute_metrics):
-    """Predict, gather, compute the metrics: EvalLoopOutput(scores (N, C), labels (N,), metrics, N). Stands for Trainer.evaluation_loop."""
+    """Predict, gather, compute the metrics: EvalLoopOutput(scores (N, C), labels (N,), metrics, N).
+
+    Stands for Trainer.evaluation_loop.
+    """
     gathered = predict(accelerator, model, dataloader, len(dataset))
     losses, scores = gathered["losses"].double(), gathered["scores"].float()  # (N,), (N, C)
     require_finite(losses.isfinite() & ~(scores.isnan() | (scores == math.inf)).any(1), dataset, "the loss or a score")
@@ -210,8 +213,8 @@ def predict(accelerator, model, dataloader, num_items):
     times = torch.bincount(index.cpu(), minlength=num_items)
     if len(times) != num_items or (times != 1).any():
         raise RuntimeError(
-            f"of {num_items} items, {(times == 0).sum()} are missing after the gather (the first: {torch.nonzero(times == 0)[:5, 0].tolist()}) "
-            f"and {(times > 1).sum()} came more than once: is the DataLoader prepared, and cut by full_batches?"
+            f"of {num_items} items, {(times == 0).sum()} are missing, {torch.nonzero(times == 0)[:5, 0].tolist()} "
+            f"first, and {(times > 1).sum()} came more than once: is the DataLoader prepared, and cut by full_batches?"
         )
     return {name: torch.empty_like(values[real]).index_copy_(0, index, values[real]) for name, values in gathered.items()}
 
@@ -276,7 +279,7 @@ def write_metric_csv(path, dataset, scores):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Evaluate a model that train.py saved, in both ways; it gives the numbers that training logged for these weights.",
+        description="Evaluate a model that train.py saved, in both ways: the numbers that training logged for these weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

@@ -52,7 +52,7 @@ def make_accelerator(**kwargs):
 
 
 def make_writable(folder):
-    """Make a folder, and write a file into it to see that this is possible, before hours of work depend on it. Raises UserError."""
+    """Make a folder, and see that a file can be written into it before hours of work depend on that. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

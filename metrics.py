@@ -62,7 +62,7 @@ def ranks_of_relevant(scores, labels):
 
 
 def recall_at(k, ranks):
-    """1.0 where the relevant candidate is among the first k, else 0.0: float64 (N,). With one relevant candidate recall is hit rate."""
+    """1.0 where rank <= k, else 0.0: float64 (N,). With one relevant candidate a query, recall is the hit rate."""
     return (ranks <= k).astype(np.float64)
 
 

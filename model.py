@@ -130,7 +130,7 @@ def rerank_scores(outputs, queries, candidates):
 
 
 def load_model(model_name_or_path):
-    """A DualEncoder from: None (the small one, untrained), a folder that train.py saved, or any vision model, local or on the hub."""
+    """A DualEncoder. From None: small, untrained; else a folder that train.py saved, or any vision model, local or on the hub."""
     if model_name_or_path is None:
         return DualEncoder(DualEncoderConfig())
     config = AutoConfig.from_pretrained(model_name_or_path)

@@ -131,7 +131,7 @@ def split_by_word(icons):
 
 
 def draw_elements(icons, folder, bar):
-    """Write {style}_{name}.png for each icon and return {(style, name): its uint8 (ELEMENT_SIZE, ELEMENT_SIZE) ink, 255 = black}."""
+    """Write {style}_{name}.png for each icon: {(style, name): uint8 (ELEMENT_SIZE, ELEMENT_SIZE), ink, 255 is black}."""
     glyphs = {}
     for number, ((style, name), (font_file, code_point)) in enumerate(icons.items()):
         # One font size for all icons of a font keeps its line width; only those too wide for the square are drawn smaller.

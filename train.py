@@ -47,7 +47,7 @@ def option(default, text):
 
 @dataclass(frozen=True)
 class Config:
-    """Each value has its default here and nowhere else. What the launch decides (processes, strategy, precision) is not repeated."""
+    """Each value has its default here and nowhere else. Processes, strategy and precision are the launch's to say."""
 
     # data
     data_dir: str = option(DEFAULT_DATA_DIR, "data folder, laid out as data.py says; the default one is built when it is absent")
@@ -150,7 +150,7 @@ def train(accelerator, config, model, train_dataset, eval_dataset, rerank_datase
     model.train()
     progress = tqdm(total=state.num_updates, desc="training", unit="update", disable=not accelerator.is_main_process)
     for batch in train_dataloader:
-        # A micro-batch. Gradients meet other processes, and `step` and `zero_grad` do something, at the last one of an update only.
+        # A micro-batch. At the last one of an update gradients meet the other processes', and only then step and zero_grad act.
         with accelerator.accumulate(model):
             learning_rate = learning_rate_at(state.step, state.num_updates, config)
             for group in optimizer.param_groups:
@@ -180,7 +180,7 @@ def train_step(accelerator, model, batch):
 
 
 def learning_rate_at(step, num_updates, config):
-    """Of update `step` (from 0): linear from 0 to config.learning_rate, then half a cosine to 0. The same however many processes."""
+    """Of update `step` (from 0): linear from 0 to config.learning_rate, then half a cosine to 0, however many processes."""
     warmup = max(1, round(config.warmup_ratio * num_updates))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

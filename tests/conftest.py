@@ -1,0 +1,90 @@
+"""What the tests share: a small data set, launches of real processes, and the records of a run."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+COLUMNS = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info"]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    return write_data(tmp_path / "data")
+
+
+def write_data(folder, train=41, evaluation=13, test=17, elements=30):
+    """A data set of noise, in the layout of data.py, with row counts that divide by nothing. Returns the folder."""
+    random = np.random.default_rng(0)
+    for name in ("csv", "images", "elements"):
+        (folder / name).mkdir(parents=True)
+    keys = [f"요소 {number}" if number % 5 == 0 else f"element_{number}" for number in range(elements)]
+    for key in keys:
+        save_image(folder / "elements" / f"{key}.png", random.integers(0, 256, (32, 32, 4), dtype=np.uint8))
+    for split, rows in {"train": train, "eval": evaluation, "test_vocabulary": test}.items():
+        written = []
+        for row in range(rows):
+            page = f"{split} {row}"
+            save_image(folder / "images" / f"{page}.png", random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+            found = [keys[i] for i in random.permutation(elements)[: 2 + row % 9]]
+            written.append(["하트" if row % 2 else "heart", row, 1, page, found[0], found, [64, 64], [0, 0, 32, 32]])
+        write_csv(folder / "csv" / f"{split}.csv", written)
+    return folder
+
+
+def save_image(path, pixels):
+    Image.fromarray(pixels).save(path)
+
+
+def write_csv(path, rows, columns=COLUMNS):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def launch(script, *arguments, config="cpu", processes=None, check=True, cwd=None, **environment):
+    """`accelerate launch` of a script of the repository, as a user would, in an environment without wandb's settings.
+
+    check: fail, with the output, unless it ends well. Returns the CompletedProcess, stdout and stderr in one text.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", REPOSITORY / "accelerate_config" / f"{config}.yaml"] if config else []
+    command += ["--num_processes", processes] if processes else []
+    command += [REPOSITORY / script, *arguments]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "ACCELERATE", "OMP"))}
+    done = subprocess.run(
+        [str(word) for word in command],
+        env=inherited | {"HOME": os.environ.get("HOME", "/")} | environment,
+        cwd=cwd or REPOSITORY,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert not check or done.returncode == 0, done.stdout
+    return done
+
+
+def read_log(output_dir):
+    """The lines of log.jsonl: (what the first says of the run, the others)."""
+    first, *lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return first, lines
+
+
+def column(lines, name):
+    """{step: value} of one name in the log."""
+    return {line["step"]: line[name] for line in lines if name in line}

@@ -1,0 +1,337 @@
+"""The CSV and image contract: what is accepted comes out right, what is not is one clear error before any training."""
+
+import ast
+import json
+import os
+import struct
+import zlib
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import COLUMNS, read_csv, write_csv
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data
+from data import Key, TrainSampler, UserError, decode_image, full_batches, parse_literal, read_datasets, read_rows
+
+SIZES = Namespace(page_size=64, element_size=32)
+
+
+def read_all(data_dir, **options):
+    config = Namespace(**{"data_dir": data_dir, "max_candidates": 400, "num_negatives": 3, "seed": 0} | options)
+    return read_datasets(config, SIZES, ("train", "eval", "test_vocabulary"))
+
+
+def change(data_dir, split, row, **cells):
+    """Change cells of one row, 2 being the first after the header, as a spreadsheet counts."""
+    path = data_dir / "csv" / f"{split}.csv"
+    rows = read_csv(path)
+    rows[row - 2].update(cells)
+    write_csv(path, [list(r.values()) for r in rows])
+
+
+def refusal(data_dir, **options):
+    with pytest.raises(UserError) as error:
+        read_all(data_dir, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- what is accepted
+
+
+def test_rows_are_left_out_and_counted(data_dir):
+    change(data_dir, "train", 2, candidate_resourceKey="")
+    change(data_dir, "train", 3, candidate_resourceKey="[]")
+    change(data_dir, "train", 4, candidate_resourceKey=str(["absent"] * 400))
+    change(data_dir, "train", 5, candidate_resourceKey=str(["element_1"] * 399 + ["element_2"]))
+    rows = read_rows(data_dir, "train", 400)
+    assert rows.counts == {"used": 37, "no_candidates": 2, "too_many_candidates": 2}
+    assert rows.numbers[0] == 6 and rows.name(0).endswith("train.csv, row 6")
+    assert len(read_rows(data_dir, "train", 401).candidates) == 39
+
+
+def test_keys_are_read_from_json_and_from_python_literals(data_dir):
+    keys = ["요소 0", "element_1", 'with "quotes"', "it's", "back\\slash", "with space ", "123"]
+    for text in (str(keys), json.dumps(keys), json.dumps(keys, ensure_ascii=False), str(tuple(keys)), f" {keys}\n"):
+        change(data_dir, "eval", 2, candidate_resourceKey=text)
+        assert read_rows(data_dir, "eval", 400).candidates[0] == tuple(keys)
+    change(data_dir, "eval", 2, candidate_resourceKey="[1, '1', 'a', 'a']")
+    assert read_rows(data_dir, "eval", 400).candidates[0] == ("1", "a")
+
+
+def test_the_same_text_in_two_columns_is_read_as_each_needs(data_dir):
+    change(data_dir, "eval", 2, candidate_resourceKey="[64, 64]", x_info="[64, 64]")
+    change(data_dir, "eval", 3, candidate_resourceKey="", x_info="")
+    rows = read_rows(data_dir, "eval", 400)
+    assert rows.candidates[0] == ("64",) and rows.counts["no_candidates"] == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_foreign_files(data_dir, encoding, line_end):
+    expected = read_rows(data_dir, "train", 400)
+    path = data_dir / "csv" / "train.csv"
+    text = path.read_bytes().decode().replace("\r\n", line_end)
+    path.write_bytes(text.encode(encoding))
+    got = read_rows(data_dir, "train", 400)
+    assert got == expected and got.columns["search_word"][1] == "하트"
+
+
+def opaque(mode, size):
+    colors = {"L": 100, "RGB": (10, 200, 30), "CMYK": (0, 255, 255, 0), "1": 1, "P": 3, "I;16": 100 * 257}
+    image = Image.new(mode, size, colors[mode])
+    if mode == "P":
+        image.putpalette([0, 0, 0] * 3 + [200, 100, 50] + [0, 0, 0] * 252)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("mode", "file_format", "expected"),
+    [
+        ("L", "PNG", (100, 100, 100)),
+        ("RGB", "PNG", (10, 200, 30)),
+        ("1", "PNG", (255, 255, 255)),
+        ("P", "PNG", (200, 100, 50)),
+        ("I;16", "PNG", (100, 100, 100)),
+        ("CMYK", "TIFF", (255, 0, 0)),
+        ("CMYK", "JPEG", (255, 0, 0)),
+        ("RGB", "WEBP", (10, 200, 30)),
+    ],
+)
+@pytest.mark.parametrize("size", [(32, 32), (1, 1), (50, 50), (301, 301)])
+def test_images_of_any_mode_and_size(tmp_path, mode, file_format, expected, size):
+    opaque(mode, size).save(tmp_path / "x.png", format=file_format)
+    pixels = decode_image(tmp_path / "x.png", 32)
+    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8
+    assert (pixels.float() - torch.tensor(expected)[:, None, None]).abs().max() <= 6  # what JPEG and WebP lose
+
+
+def test_proportions_are_kept_on_white(tmp_path):
+    Image.new("RGB", (80, 40), "black").save(tmp_path / "x.png")
+    pixels = decode_image(tmp_path / "x.png", 32)
+    assert (pixels[:, :8] == 255).all() and (pixels[:, 8:24] == 0).all() and (pixels[:, 24:] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_is_white(tmp_path, mode):
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255) if mode != "LA" else (0, 0, 0, 255), (0, 0, 16, 32))
+    image.convert(mode).save(tmp_path / "x.png")
+    pixels = decode_image(tmp_path / "x.png", 32)
+    assert (pixels[:, :, 16:] == 255).all()
+    assert pixels[:, 0, 0].tolist() == ([0, 0, 0] if mode == "LA" else [255, 0, 0])
+
+
+def test_folders_may_be_links_and_keys_may_be_paths(data_dir, tmp_path):
+    os.rename(data_dir / "elements", tmp_path / "elsewhere")
+    (data_dir / "elements").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "sub").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "sub" / "a.b.png")
+    change(data_dir, "eval", 2, candidate_resourceKey="['sub/a.b']", resourceKey="sub/a.b")
+    read_all(data_dir)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_missing_column(data_dir, name):
+    path = data_dir / "csv" / "eval.csv"
+    kept = [column for column in COLUMNS if column != name]
+    write_csv(path, [[row[column] for column in kept] for row in read_csv(path)], kept)
+    assert "eval.csv" in refusal(data_dir) and name in refusal(data_dir)
+
+
+def test_missing_file(data_dir):
+    (data_dir / "csv" / "test_vocabulary.csv").unlink()
+    assert "test_vocabulary.csv: cannot be read: No such file" in refusal(data_dir)
+
+
+@pytest.mark.parametrize(
+    "cell", ["[", "['a'", "{'a': 1}", "3", "['a', 2.5]", "[['a']]", "nan", "[1,]]", "(" * 5000, "[" * 200_000]
+)
+def test_unparsable_cell(data_dir, cell):
+    change(data_dir, "train", 7, candidate_resourceKey=cell)
+    message = refusal(data_dir)
+    assert "train.csv, row 7, column candidate_resourceKey" in message and cell[:20] in message and len(message) < 400
+
+
+def test_cell_that_is_code(data_dir, tmp_path):
+    for cell in (f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()", "[x for x in ()]", "'a' * 10**9", "exit()"):
+        for column in ("candidate_resourceKey", "x_info", "y_info"):
+            with pytest.raises(ValueError, match="expected"):
+                parse_literal(cell)
+            change(data_dir, "eval", 5, **{column: cell})
+            assert f"eval.csv, row 5, column {column}" in refusal(data_dir)
+            change(data_dir, "eval", 5, **{column: "[]"})
+    assert not (tmp_path / "ran").exists()
+
+
+def test_cell_above_the_limit(data_dir):
+    change(data_dir, "eval", 4, x_info="[" + "1," * 500_001 + "]")
+    assert "eval.csv, after row 3" in refusal(data_dir) and "field larger than field limit" in refusal(data_dir)
+
+
+def test_not_utf8_and_ragged(data_dir):
+    path = data_dir / "csv" / "eval.csv"
+    good = path.read_bytes()
+    path.write_bytes(good.decode().encode("cp949"))
+    assert "eval.csv" in refusal(data_dir) and "UTF-8" in refusal(data_dir)
+    path.write_bytes(good + b"heart,1\r\n")
+    assert "eval.csv, row 15: 2 cells under 8 columns" in refusal(data_dir)
+    path.write_bytes(b"")
+    assert "columns" in refusal(data_dir)
+
+
+@pytest.mark.parametrize("key", ["../../../etc/passwd", "/etc/passwd", "..", "../images/eval 0", "a\0b", "absent", ""])
+def test_key_without_an_image_inside_the_folder(data_dir, key):
+    change(data_dir, "eval", 6, candidate_resourceKey=json.dumps([key]))
+    message = refusal(data_dir)
+    assert "eval.csv, row 6" in message and ("no such file" in message or "points outside" in message)
+    if key == "../images/eval 0":
+        assert "points outside" in message
+
+
+def test_link_that_leaves_the_folder(data_dir, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (data_dir / "elements" / "link.png").symlink_to(tmp_path / "secret.png")
+    change(data_dir, "eval", 6, resourceKey="link")
+    assert "'link' points outside" in refusal(data_dir)
+
+
+def enormous_png(width, height):
+    """A few bytes that claim to be width x height."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_images_that_cannot_be_used(data_dir, monkeypatch, cached):
+    """Found before training, whether images are kept decoded or decoded anew each time."""
+    if not cached:
+        monkeypatch.setattr(data, "CACHE_LIMIT", 0)
+    path = data_dir / "elements" / "element_1.png"
+    good = path.read_bytes()
+    broken = {"truncated": good[: len(good) // 2], "enormous": enormous_png(20_000, 20_000), "bomb": enormous_png(99_999, 99_999)}
+    broken |= {"empty": b"", "text": b"not an image", "flipped": good[:600] + bytes([good[600] ^ 1]) + good[601:]}
+    for content in broken.values():
+        path.write_bytes(content)
+        message = refusal(data_dir)
+        assert "element_1.png" in message and "train.csv, row" in message
+    path.unlink()
+    path.mkdir()
+    assert "element_1.png" in refusal(data_dir)
+
+
+def test_nothing_left(data_dir):
+    assert "no row is left to use" in refusal(data_dir, max_candidates=1)
+
+
+# ---- what a batch is
+
+
+def test_decoding_anew_gives_the_same_pixels(data_dir, monkeypatch):
+    kept = read_all(data_dir)
+    monkeypatch.setattr(data, "CACHE_LIMIT", 0)
+    for one, other in zip(kept, read_all(data_dir), strict=True):
+        assert one.pages.pixels is not None and other.pages.pixels is None
+        for index in range(len(one)):
+            a, b = one[Key(index)], other[Key(index)]
+            assert all(torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])) for name in a)
+
+
+def test_a_row_is_its_relevant_element_and_drawn_others(data_dir):
+    train, _, _ = read_all(data_dir)
+    keys = list(train.elements.index)
+    for row in range(len(train)):
+        listed = train.rows.candidates[row]
+        relevant = train.rows.columns["resourceKey"][row]
+        item = train[Key(row, epoch=1)]
+        shown = [decode_image(train.rows.path.parent.parent / "elements" / f"{key}.png", 32) for key in keys]
+        found = [next(key for key, image in zip(keys, shown, strict=True) if torch.equal(image, c)) for c in item["candidates"]]
+        real = [key for key, there in zip(found, item["candidate_mask"], strict=True) if there]
+        assert real[0] == relevant and len(real) == len(set(real)) == min(4, len(listed)) and set(real) <= set(listed)
+        assert item["candidates"].dtype == torch.uint8
+
+
+def test_the_draw_depends_on_seed_epoch_and_row_alone(data_dir):
+    def draws(dataset, epoch):
+        return torch.stack([dataset[Key(row, epoch)]["candidates"] for row in range(len(dataset))])
+
+    train, _, _ = read_all(data_dir)
+    again, _, _ = read_all(data_dir)
+    other_seed, _, _ = read_all(data_dir, seed=1)
+    assert torch.equal(draws(train, 3), draws(again, 3))
+    assert not torch.equal(draws(train, 3), draws(train, 4))
+    assert not torch.equal(draws(train, 3), draws(other_seed, 3))
+
+
+def test_any_number_of_workers_gives_the_same_batches(data_dir):
+    train, _, _ = read_all(data_dir)
+
+    def batches(workers):
+        sampler = TrainSampler(len(train), 8, 12, seed=5)
+        return list(DataLoader(train, batch_size=4, sampler=sampler, collate_fn=train.collate, num_workers=workers))
+
+    expected = batches(0)
+    for workers in (1, 3):
+        for a, b in zip(expected, batches(workers), strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 41])
+def test_each_epoch_has_each_row_once_and_means_are_means(size):
+    updates = -(-41 // size)
+    keys = list(TrainSampler(41, size, 3 * updates, seed=0))
+    assert len(keys) == 3 * updates * size
+    orders = set()
+    for epoch in range(3):
+        of_epoch = keys[epoch * updates * size : (epoch + 1) * updates * size]
+        rows = [key.index for key in of_epoch if key.weight]
+        assert sorted(rows) == list(range(41)) and {key.epoch for key in of_epoch} == {epoch}
+        orders.add(tuple(rows))
+        for start in range(0, len(of_epoch), size):
+            batch = of_epoch[start : start + size]
+            losses = np.array([key.index for key in batch], float)  # any per-row loss
+            real = [key.index for key in batch if key.weight]
+            assert np.mean(losses * [key.weight for key in batch]) == pytest.approx(np.mean(real))
+    assert len(orders) == 3
+    assert list(TrainSampler(41, size, 2, seed=0)) == keys[: 2 * size]  # a function of the update alone
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_full_batches(processes):
+    groups = [range(10), range(10, 33)]
+    keys = full_batches(groups, 4, processes)
+    assert len(keys) % (4 * processes) == 0
+    assert [key.index for key in keys if key.weight] == list(range(33))
+    for start in range(0, len(keys), 4):
+        assert len({key.index < 10 for key in keys[start : start + 4]}) == 1  # a batch is of one group
+    assert keys[: len(full_batches(groups, 4, 1))] == full_batches(groups, 4, 1)  # the same batches, whatever the processes
+
+
+def test_rerank_items_are_the_distinct_images(data_dir):
+    _, _, rerank = read_all(data_dir)
+    change(
+        data_dir, "test_vocabulary", 2, candidate_resourceKey="['element_1', 'element_2', 'element_1']", resourceKey="element_3"
+    )
+    _, _, rerank = read_all(data_dir)
+    rows = read_csv(data_dir / "csv" / "test_vocabulary.csv")
+    used = {key for row in rows for key in ast.literal_eval(row["candidate_resourceKey"])}
+    assert len(rerank) == len({row["x_image_path"] for row in rows}) + len(used)
+    assert rerank.labels[0] == -1 and (rerank.labels[1:] == 0).all()
+    assert (rerank.candidates[0] >= 0).sum() == 2  # a key that occurs twice counts once
+    for row in range(len(rows)):
+        page = rerank[Key(int(rerank.queries[row]))]["images"]
+        assert torch.equal(page, decode_image(data_dir / "images" / f"{rows[row]['x_image_path']}.png", 64))
+        for column, key in enumerate(rerank.rows.candidates[row]):
+            element = rerank[Key(int(rerank.candidates[row, column]))]["images"]
+            assert torch.equal(element, decode_image(data_dir / "elements" / f"{key}.png", 32))
