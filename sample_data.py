@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 SEED = 0
 PAGE_SIZE, ELEMENT_SIZE = 64, 32  # pixels; an element stands in its page at its own size, so line widths compare
-PAGES = {"train": 8000, "eval": 500, "test_vocabulary": 500}  # rows that training or evaluation will use
+PAGES = {"train": 12000, "eval": 500, "test_vocabulary": 500}  # rows that training or evaluation will use
 SHARE = {"train": 0.76, "eval": 0.08, "test_vocabulary": 0.16}  # of the search words
 ODD_ROWS = 5  # a CSV has as many rows without candidates, and as many with 400 or more, as real data has
 COLUMNS = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info"]

@@ -112,7 +112,10 @@ def main():
     set_seed(config.seed)  # the same on every process: all begin with the same weights
     make_output_dir(accelerator, config)
     build_default_data(accelerator, config)
-    model = load_model(config.model_name_or_path)
+    try:
+        model = load_model(config.model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {config.model_name_or_path}: {' '.join(str(error).split())}") from None
     datasets = read_datasets(config, model.config, ("train", "eval", "test_vocabulary"))
     start_trackers(accelerator, config, datasets)
     train(accelerator, config, model, *datasets, compute_metrics)
@@ -140,7 +143,8 @@ def train(accelerator, config, model, train_dataset, eval_dataset, rerank_datase
         num_workers=config.num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+    # eps: with the usual 1e-8 a weight whose gradient is all rounding moves by a full step, so runs that should agree drift apart.
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, eps=1e-6)
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
     set_seed(config.seed, device_specific=True)  # from here on each process has dropout of its own
 
@@ -196,7 +200,9 @@ def parameter_groups(model, weight_decay):
 
 def read_config(arguments):
     """Config from flags; `--config FILE` names a YAML of them, over which the flags of the command line go. Raises UserError."""
-    parser = HfArgumentParser(Config, description="Train a dual encoder to rank design elements by how well they fit a page.")
+    parser = HfArgumentParser(
+        Config, description="Train a dual encoder to rank design elements by how well they fit a page.", allow_abbrev=False
+    )
     parser.add_argument("--config", metavar="FILE", help="a YAML file of these options, without the dashes")
     file = parser.parse_known_args(arguments)[0].config
     if file is not None:
@@ -208,7 +214,9 @@ def read_config(arguments):
             raise UserError(f"--config {file}: expected lines of the form `option: value`")
         # As flags before the others, so that a value is read and checked in one way wherever it stands, and the last one counts.
         arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))] + arguments
-    config, _ = parser.parse_args_into_dataclasses(arguments)
+    config, _, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"there is no such option: {' '.join(unknown)}; --help lists them")
     problems = [
         f"--{name} is {value}, it must be {'at least' if least in (0, 1) else 'above'} {least}"
         for least, names in AT_LEAST.items()
@@ -258,7 +266,7 @@ def start_trackers(accelerator, config, datasets):
             f"wandb has no key here, so it logs offline; to upload: wandb sync {config.output_dir}/wandb/offline-run-*"
         )
     options = {"dir": config.output_dir, "mode": "offline" if offline else None, "settings": wandb.Settings(silent=offline)}
-    packages = ("torch", "accelerate", "transformers", "deepspeed", "numpy", "pillow")
+    packages = ("torch", "accelerate", "transformers", "numpy", "pillow")
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
         cwd=Path(__file__).parent,

@@ -55,7 +55,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def launch(script, *arguments, config="cpu", processes=None, check=True, cwd=None, **environment):
+def launch(script, *arguments, config="cpu", processes=None, mixed_precision=None, check=True, cwd=None, **environment):
     """`accelerate launch` of a script of the repository, as a user would, in an environment without wandb's settings.
 
     check: fail, with the output, unless it ends well. Returns the CompletedProcess, stdout and stderr in one text.
@@ -63,6 +63,7 @@ def launch(script, *arguments, config="cpu", processes=None, check=True, cwd=Non
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", REPOSITORY / "accelerate_config" / f"{config}.yaml"] if config else []
     command += ["--num_processes", processes] if processes else []
+    command += ["--mixed_precision", mixed_precision] if mixed_precision else []
     command += [REPOSITORY / script, *arguments]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "ACCELERATE", "OMP"))}
     done = subprocess.run(

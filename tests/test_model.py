@@ -133,7 +133,7 @@ def test_rerank_scores_by_brute_force():
 
 def test_hub_names_go_to_the_hub(monkeypatch):
     asked = []
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name: asked.append(name) or DualEncoderConfig())
-    monkeypatch.setattr(DualEncoder, "from_pretrained", lambda name: asked.append(name))
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **options: asked.append(name) or DualEncoderConfig())
+    monkeypatch.setattr(DualEncoder, "from_pretrained", lambda name, **options: asked.append(name))
     load_model("someone/some-model")
     assert asked == ["someone/some-model"] * 2

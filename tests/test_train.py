@@ -21,7 +21,8 @@ from data import Key, UserError, read_datasets
 from model import DualEncoder
 
 OPTIONS = ["--num_epochs", 2, "--log_every", 2, "--eval_every", 6, "--save_every", 5, "--num_negatives", 3]
-OPTIONS += ["--per_device_eval_batch_size", 4]
+# At the default rate rounding differences grow tenfold an update on noise, and would hide what a test is to see.
+OPTIONS += ["--per_device_eval_batch_size", 4, "--learning_rate", 1e-4]
 UPDATES = 12  # 41 rows in global batches of 8: 6 an epoch, the last one with a single row
 
 
@@ -138,7 +139,7 @@ def test_two_processes_and_accumulation_give_the_numbers_of_one(one, two, accumu
     for other in (two, accumulated):
         assert column(other.log[1], "train/learning_rate") == column(one.log[1], "train/learning_rate")
         for step, loss in column(other.log[1], "train/loss").items():
-            assert loss == pytest.approx(column(one.log[1], "train/loss")[step], rel=1e-4)
+            assert loss == pytest.approx(column(one.log[1], "train/loss")[step], rel=1e-5)
         for name in names:  # the same weights, those before training: to the last bit
             assert column(other.log[1], name)[0] == column(one.log[1], name)[0]
 
@@ -253,7 +254,7 @@ def refused(*arguments, **options):
 
 def test_a_loss_that_is_not_finite(data, tmp_path):
     message = refused(
-        *("--data_dir", data, "--output_dir", tmp_path / "output", *OPTIONS, "--learning_rate", 1e30, "--max_grad_norm", 0),
+        *("--data_dir", data, "--output_dir", tmp_path / "output", *OPTIONS[:-1], 1e30, "--max_grad_norm", 0),
         *("--per_device_batch_size", 4),
         config="cpu_2_processes",
     )
@@ -305,14 +306,14 @@ def test_a_folder_with_a_run_is_not_overwritten(one, data):
 def test_a_launch_that_is_not_what_was_asked_for(data, tmp_path):
     arguments = ["--data_dir", data, "--output_dir", tmp_path / "output"]
     assert "one was started" in refused(*arguments, config=None, processes=2)
-    assert "fp16 needs a GPU" in refused(*arguments, ACCELERATE_MIXED_PRECISION="fp16", config=None)
+    assert "fp16 needs a GPU" in refused(*arguments, mixed_precision="fp16", config=None)
 
 
 def test_bf16_and_no_config_file(data, tmp_path):
     launch(
         *("train.py", "--data_dir", data, "--output_dir", tmp_path / "output", "--max_steps", 2, "--per_device_batch_size", 8),
         config=None,
-        ACCELERATE_MIXED_PRECISION="bf16",
+        mixed_precision="bf16",
     )
     first, lines = read_log(tmp_path / "output")
     assert first["mixed_precision"] == "bf16" and list(column(lines, "train/loss")) == [2]
@@ -361,7 +362,7 @@ def test_config_that_cannot_be(arguments, message):
 
 def test_unknown_options_are_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("learning_rat: 1e-3\n")
-    with pytest.raises(ValueError, match="learning_rat"):
+    with pytest.raises(UserError, match="learning_rat"):
         train.read_config(["--config", str(tmp_path / "run.yaml")])
 
 
