@@ -43,7 +43,7 @@ class DualEncoderConfig(PreTrainedConfig):
     backbone_config: PreTrainedConfig | dict | None = None
     feature_size: int = 640
     embedding_size: int = 64
-    page_size: int = 64
+    page_size: int = 96
     element_size: int = 32
     image_mean: list | tuple = (0.5, 0.5, 0.5)
     image_std: list | tuple = (0.5, 0.5, 0.5)

@@ -29,8 +29,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 SEED = 0
-PAGE_SIZE, ELEMENT_SIZE = 64, 32  # pixels; an element stands in its page at its own size, so line widths compare
-PAGES = {"train": 12000, "eval": 500, "test_vocabulary": 500}  # rows that training or evaluation will use
+PAGE_SIZE, ELEMENT_SIZE = 96, 32  # pixels; an element stands in its page at its own size, so line widths compare
+PAGES = {"train": 8000, "eval": 500, "test_vocabulary": 500}  # rows that training or evaluation will use
 SHARE = {"train": 0.76, "eval": 0.08, "test_vocabulary": 0.16}  # of the search words
 ODD_ROWS = 5  # a CSV has as many rows without candidates, and as many with 400 or more, as real data has
 COLUMNS = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info"]
@@ -178,8 +178,9 @@ def compose_pages(split, icons, words, glyphs, random, folder, bar):
             found += [icon for icon in icons if icon[0] != style and icon not in found][: 400 - len(found) + odd]
         found = [] if 0 <= odd < ODD_ROWS else [f"{s}_{n}" for s, n in found]
 
-        # Four icons of the style on a 2 x 2 grid, of which the first, the relevant one, is taken out again.
-        cells = [(x, y) for y in (0, ELEMENT_SIZE) for x in (0, ELEMENT_SIZE)]
+        # A grid of icons of the style, with one cell left empty: the relevant one was taken out.
+        steps = range(0, PAGE_SIZE, ELEMENT_SIZE)
+        cells = [(x, y) for y in steps for x in steps]
         cells = [cells[i] for i in random.permutation(len(cells))]
         page = np.full((PAGE_SIZE, PAGE_SIZE), 255, np.uint8)
         for x, y in cells[1:]:

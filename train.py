@@ -42,7 +42,7 @@ DEFAULT_DATA_DIR = "default_data"
 
 
 def option(default, text):
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text, "metavar": "STR" if default is None else type(default).__name__.upper()})
 
 
 @dataclass(frozen=True)

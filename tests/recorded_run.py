@@ -47,7 +47,6 @@ def recorded_predict(accelerator, model, dataloader, num_items):
             predicted.append(batch["index"].tolist())
             yield batch
 
-    watched.__len__ = lambda: len(dataloader)
     return predict(accelerator, model, watched(), num_items)
 
 
