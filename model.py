@@ -41,8 +41,8 @@ class DualEncoderConfig(PreTrainedConfig):
     sub_configs = {"backbone_config": AutoConfig}
 
     backbone_config: PreTrainedConfig | dict | None = None
-    feature_size: int = 640
-    embedding_size: int = 64
+    feature_size: int = 646
+    embedding_size: int = 128
     page_size: int = 96
     element_size: int = 32
     image_mean: list | tuple = (0.5, 0.5, 0.5)
@@ -65,7 +65,10 @@ class DualEncoder(PreTrainedModel):
         """backbone: a model that is loaded already; without it, one is built from config.backbone_config."""
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
-        self.projection = nn.Linear(config.feature_size, config.embedding_size)
+        hidden_size = 2 * config.embedding_size
+        self.head = nn.Sequential(
+            nn.Linear(config.feature_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, config.embedding_size)
+        )
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))  # of the cosines before the softmax, learned as in CLIP
         self.post_init()
 
@@ -95,20 +98,21 @@ class DualEncoder(PreTrainedModel):
         # Pixels travel to the device as bytes, a quarter of the traffic, and become numbers here.
         statistics = (self.config.image_mean, self.config.image_std)
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in statistics)
-        pixel_values = ((images / 255 - mean) / std).to(self.projection.weight.dtype)
+        pixel_values = ((images / 255 - mean) / std).to(self.head[0].weight.dtype)
         # Channels last: the convolutions of the small model take two thirds of the time on a CPU.
         features = pool_all_levels(self.backbone, pixel_values.contiguous(memory_format=torch.channels_last))
-        return functional.normalize(self.projection(features.to(pixel_values.dtype)).float(), dim=1)
+        return functional.normalize(self.head(features.to(pixel_values.dtype)).float(), dim=1)
+
 
 def pool_all_levels(backbone, pixel_values):
-    """(B, 3, H, W) to float32 (B, F): mean and deviation over the image at each level, and what the backbone pools itself.
+    """(B, 3, H, W) to float32 (B, F): mean and deviation over the image of each level, and what the backbone pools itself.
 
-    A style shows in strokes and corners more than in what is drawn, so in the early levels too, and in how much a feature varies
-    over the image as much as in its mean.
+    A style shows in ink, strokes and corners more than in what is drawn: in the early levels, some of which a norm further on
+    takes away, and in how much a feature varies over the image as much as in its mean.
     """
     states = backbone(pixel_values, output_hidden_states=True)
     pooled = []
-    for level in (*states.hidden_states[:-1], states.last_hidden_state):
+    for level in (pixel_values, *states.hidden_states[:-1], states.last_hidden_state):
         # (B, width, h, w) from a convolutional backbone, (B, tokens, width) from a transformer
         level = level.flatten(2).transpose(1, 2) if level.ndim == 4 else level
         variance, mean = torch.var_mean(level.float(), dim=1, correction=0)  # (B, width)

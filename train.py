@@ -42,7 +42,9 @@ DEFAULT_DATA_DIR = "default_data"
 
 
 def option(default, text):
-    return field(default=default, metadata={"help": text, "metavar": "STR" if default is None else type(default).__name__.upper()})
+    return field(
+        default=default, metadata={"help": text, "metavar": "STR" if default is None else type(default).__name__.upper()}
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Config:
     seed: int = option(0, "of the initial weights, the order of the rows and the drawn candidates")
     # logging, evaluating, saving: counted in updates; all three also happen at the end
     log_every: int = option(50, "updates between two lines of train/loss and its like; 0: only at the end")
-    eval_every: int = option(250, "updates between two evaluations, both ways; 0: only before the first update and at the end")
+    eval_every: int = option(500, "updates between two evaluations, both ways; 0: only before the first update and at the end")
     per_device_eval_batch_size: int = option(64, "inputs in a batch of an evaluation, on a process")
     save_every: int = option(0, "updates between two checkpoints; 0: only at the end")
     best_metric: str = option("min:eval/loss", "what output_dir/best is the best of: min: or max:, then any name in the log")
@@ -143,7 +145,7 @@ def train(accelerator, config, model, train_dataset, eval_dataset, rerank_datase
         num_workers=config.num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    # eps: with the usual 1e-8 a weight whose gradient is all rounding moves by a full step, so runs that should agree drift apart.
+    # eps: with the usual 1e-8 a weight whose gradient is all rounding moves by a full step, and runs that should agree drift.
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, eps=1e-6)
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
     set_seed(config.seed, device_specific=True)  # from here on each process has dropout of its own

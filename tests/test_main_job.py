@@ -11,7 +11,13 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 def test_the_default_run_learns(tmp_path):
     """The README's command, in an empty folder: it builds the data, trains, and reaches what is promised."""
     command = re.search(r"<!-- main job -->\n```bash\n(.*)\n```", README)[1]
-    assert shlex.split(command)[-5:] == [".venv/bin/accelerate", "launch", "--config_file", "accelerate_config/cpu.yaml", "train.py"]
+    assert shlex.split(command)[-5:] == [
+        ".venv/bin/accelerate",
+        "launch",
+        "--config_file",
+        "accelerate_config/cpu.yaml",
+        "train.py",
+    ]
     launch("train.py", config="cpu", cwd=tmp_path)
     first, lines = read_log(tmp_path / "output")
     assert first["data"]["default_data/csv/test_vocabulary.csv"] == {"used": 500, "no_candidates": 5, "too_many_candidates": 5}
@@ -29,7 +35,8 @@ def test_the_file_map_is_the_repository():
 def test_arrows_go_one_way():
     ours = {path.stem for path in REPOSITORY.glob("*.py")}
     imports = {
-        name: ours & set(re.findall(r"^(?:import|from) (\w+)", (REPOSITORY / f"{name}.py").read_text(encoding="utf-8"), re.MULTILINE))
+        name: ours
+        & set(re.findall(r"^(?:import|from) (\w+)", (REPOSITORY / f"{name}.py").read_text(encoding="utf-8"), re.MULTILINE))
         for name in ours
     }
     assert not imports["metrics"] and not imports["data"] and not imports["model"] and not imports["checkpoint"]

@@ -17,12 +17,13 @@ from wandb.proto import wandb_internal_pb2
 
 import evaluate
 import train
-from data import Key, UserError, read_datasets
-from model import DualEncoder
+from data import Key, UserError, decode_image, read_datasets
+from model import DualEncoder, DualEncoderConfig
 
 OPTIONS = ["--num_epochs", 2, "--log_every", 2, "--eval_every", 6, "--save_every", 5, "--num_negatives", 3]
 # At the default rate rounding differences grow tenfold an update on noise, and would hide what a test is to see.
 OPTIONS += ["--per_device_eval_batch_size", 4, "--learning_rate", 1e-4]
+SIZES = DualEncoderConfig()  # of the images that the default model takes
 UPDATES = 12  # 41 rows in global batches of 8: 6 an epoch, the last one with a single row
 
 
@@ -126,7 +127,7 @@ def test_each_row_is_trained_once_an_epoch(name, request):
 def test_each_input_is_encoded_once_in_total(name, request, data):
     records = request.getfixturevalue(name).records
     config = Namespace(data_dir=data, max_candidates=400, num_negatives=3, seed=0)
-    _, rerank = read_datasets(config, Namespace(page_size=64, element_size=32), ("eval", "test_vocabulary"))
+    _, rerank = read_datasets(config, SIZES, ("eval", "test_vocabulary"))
     times = Counter(index for record in records for batch in record["predicted"] for index in batch if index >= 0)
     shared = Counter(range(13))
     # Three evaluations, each with the rows of eval.csv and the distinct images of test_vocabulary.csv.
@@ -161,7 +162,7 @@ def test_evaluate_gives_the_numbers_of_training(two, data, tmp_path):
 
 def test_the_shared_evaluation_by_brute_force(one, data):
     config = Namespace(data_dir=data, max_candidates=400, num_negatives=3, seed=0)
-    dataset, _ = read_datasets(config, Namespace(page_size=64, element_size=32), ("eval", "test_vocabulary"))
+    dataset, _ = read_datasets(config, SIZES, ("eval", "test_vocabulary"))
     model = DualEncoder.from_pretrained(one.folder / "checkpoints" / "step_00000012").eval()
     losses, hits = [], []
     with torch.no_grad():
@@ -192,19 +193,11 @@ def test_metric_csv(one, data):
         ordered = json.loads(row["sorted_candidate_resourcekey"])
         assert json.loads(row["sorted_score"]) == sorted(scores, reverse=True) and sorted(ordered) == sorted(keys)
         assert ordered[int(row["rank"]) - 1] == row["resourceKey"]
+        page = decode_image(data / "images" / f"{row['x_image_path']}.png", SIZES.page_size)
+        elements = torch.stack([decode_image(data / "elements" / f"{key}.png", SIZES.element_size) for key in keys])
         with torch.no_grad():
-            elements = torch.stack([read_image(data / "elements" / f"{key}.png") for key in keys])
-            cosines = (
-                model(images=elements)["outputs"]
-                @ model(images=read_image(data / "images" / f"{row['x_image_path']}.png")[None])["outputs"][0]
-            )
+            cosines = model(images=elements)["outputs"] @ model(images=page[None])["outputs"][0]
         assert np.allclose(cosines, scores, atol=1e-6)
-
-
-def read_image(path):
-    from data import decode_image
-
-    return decode_image(path, 64 if "images" in path.parts else 32)
 
 
 def wandb_records(path):
@@ -400,7 +393,7 @@ def evaluated(data, compute_metrics, tmp_path, model=None):
         output_dir=tmp_path,
     )
     accelerator = evaluate.make_accelerator()
-    shared, rerank = read_datasets(config, Namespace(page_size=64, element_size=32), ("eval", "test_vocabulary"))
+    shared, rerank = read_datasets(config, SIZES, ("eval", "test_vocabulary"))
     model = model or train.load_model(None)
     values = evaluate.evaluate(accelerator, model, shared, compute_metrics, config)
     return values | evaluate._rerank_evaluate(accelerator, model, rerank, compute_metrics, config)
@@ -422,7 +415,7 @@ def test_compute_metrics_is_an_argument(data, tmp_path):
 
 def test_scores_that_are_not_finite_are_named(data, tmp_path):
     model = train.load_model(None)
-    torch.nn.init.constant_(model.projection.bias, math.nan)
+    torch.nn.init.constant_(model.head[0].bias, math.nan)
     with pytest.raises(UserError, match=r"not finite for 13 rows: .*eval.csv, row 2"):
         evaluated(data, lambda prediction: {}, tmp_path, model)
 
