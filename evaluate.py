@@ -38,7 +38,7 @@ from transformers.trainer_utils import EvalLoopOutput
 import metrics
 from checkpoint import TRAINING_CONFIG, save_model
 from data import UserError, full_batches, read_datasets
-from launch import errors_in_one_line, make_accelerator, make_writable
+from launch import errors_in_one_line, finish, make_accelerator, make_writable
 from model import DualEncoder, rerank_scores
 
 
@@ -312,7 +312,7 @@ def main():
     for name, value in values.items():
         accelerator.print(f"{name:<20}{value:10.6f}")
     accelerator.print(f"{config.output_dir / 'metric.csv'} has a line for each of the {len(rerank_dataset.labels)} queries")
-    accelerator.end_training()
+    finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -61,14 +61,24 @@ def make_writable(folder):
         raise UserError(f"--output_dir {folder}: cannot be written: {error.strerror}") from None
 
 
+def finish(accelerator):
+    """Close the trackers and leave the process group. Every process must call it."""
+    # Without this barrier about one launch in a hundred hangs or aborts at its end, on gloo: a thread of gloo's lets go of the
+    # tensors of the last gather, for which it needs the interpreter's lock, while the interpreter, holding it, waits for that thread
+    # to end. At a barrier the lock is free.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 @contextmanager
 def errors_in_one_line():
     """End the program with one line for a UserError, and status 1, however many processes meet it."""
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # process 0 has most likely the same to say; its end then ends this one before it repeats it
+        # Process 0 has most likely the same to say; its end then ends the others before they repeat it. It waits a moment too,
+        # for the reason given in `finish`.
+        time.sleep(5 if os.environ.get("RANK", "0") != "0" else 0.5)
         # A DataLoader worker's error comes with the worker's traceback; the message is its last line.
         message = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
         print(f"\nerror: {message}", file=sys.stderr, flush=True)

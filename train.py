@@ -34,7 +34,7 @@ from transformers import HfArgumentParser
 import sample_data
 from data import TrainSampler, UserError, read_datasets, updates_per_epoch
 from evaluate import maybe_log_save_evaluate
-from launch import errors_in_one_line, make_accelerator, make_writable
+from launch import errors_in_one_line, finish, make_accelerator, make_writable
 from metrics import compute_metrics
 from model import load_model
 
@@ -121,7 +121,7 @@ def main():
     datasets = read_datasets(config, model.config, ("train", "eval", "test_vocabulary"))
     start_trackers(accelerator, config, datasets)
     train(accelerator, config, model, *datasets, compute_metrics)
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def train(accelerator, config, model, train_dataset, eval_dataset, rerank_dataset, compute_metrics):
