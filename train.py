@@ -338,12 +338,13 @@ def closing_table(state, config, global_batch_size, seconds):
     for name in names:
         values = [state.evaluations[step].get(name, math.nan) if step is not None else math.nan for step in (first, best, last)]
         lines.append(f"{name:<20}{values[0]:>12.4f}{values[1]:>14.4f}{values[2]:>14.4f}")
-    lines += [
-        f"{config.output_dir}/best                  the model of update {best}, best by {config.best_metric}",
-        f"{config.output_dir}/checkpoints           the last model, step_{last:08d}",
-        f"{config.output_dir}/metric.csv            every query of the last rerank evaluation",
-        f"{config.output_dir}/log.jsonl             everything that was logged",
-    ]
+    places = {
+        "best": f"the model of update {best}, best by {config.best_metric}",
+        f"checkpoints/step_{last:08d}": "the model after the last update",
+        "metric.csv": "every query of the last rerank evaluation",
+        "log.jsonl": "everything that was logged",
+    }
+    lines += [f"{f'{config.output_dir}/{place}':<36}  {what}" for place, what in places.items()]
     return "\n".join(lines)
 
 

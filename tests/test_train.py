@@ -433,3 +433,18 @@ def test_rows_that_are_missing_or_there_twice_are_an_error():
     for index in ([0, 1], [0, 1, 2, 2], [0, 1, 3], [0, 1, 1]):
         with pytest.raises(RuntimeError, match="missing"):
             evaluate.predict(accelerator, model, batches(index), 3)
+
+
+def test_filling_counts_for_nothing(data):
+    """A last batch of three rows, filled up to eight: the gradient is that of the mean over the three."""
+    dataset, _ = read_datasets(Namespace(data_dir=data, max_candidates=400, num_negatives=3, seed=0), SIZES, ("train", "eval"))
+    keys = [Key(row, 0, 8 / 3) for row in range(3)] + [Key(0, 0, 0.0)] * 5
+    model = train.load_model(None)
+    gradients = []
+    for batch in (keys, [Key(row) for row in range(3)]):
+        model.zero_grad()
+        accelerator = Namespace(backward=lambda loss: loss.backward())
+        index, _, losses = train.train_step(accelerator, model, dataset.collate([dataset[key] for key in batch]))
+        assert index.tolist()[:3] == [0, 1, 2] and losses.shape == (len(batch),)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert gradients[0].allclose(gradients[1], atol=1e-6)
