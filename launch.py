@@ -63,8 +63,8 @@ def make_writable(folder):
 
 def finish(accelerator):
     """Close the trackers and leave the process group. Every process must call it."""
-    # Without this barrier a launch now and then hangs at its end: to let go of the tensors of the last gather a thread of
-    # gloo's needs the interpreter's lock, while the interpreter, holding it, waits for that thread to end. At a barrier it is free.
+    # Without this barrier a launch now and then hangs at its end: to let go of the tensors of the last gather, a thread of gloo's
+    # needs the interpreter's lock, while the interpreter, holding it, waits for that thread. At a barrier the lock is free.
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -74,7 +74,7 @@ def launch(script, *arguments, config="cpu", processes=None, mixed_precision=Non
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert not check or done.returncode == 0, done.stdout
     return done
