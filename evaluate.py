@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import EvalPrediction
@@ -96,7 +97,7 @@ def training_metrics(accelerator, state):
             f"the loss of update {steps[first] + 1} is not finite (learning rate {learning_rates[first]:.3g}), {len(rows)} rows: "
             f"{'; '.join(rows[:5])}: lower --learning_rate, or look at these rows. What was saved before is safe"
         )
-    if not math.isfinite(grad_norm) and accelerator.scaler is None:  # fp16's scaler skips such an update by itself
+    if not math.isfinite(grad_norm) and accelerator.mixed_precision != "fp16":  # fp16 skips such an update by itself
         raise UserError(f"the gradient of update {state.step} is not finite (learning rate {learning_rates[-1]:.3g}); lower it")
     return {
         "train/loss": (weight * losses).double().mean().item(),
@@ -201,7 +202,7 @@ def predict(accelerator, model, dataloader, num_items):
     Raises RuntimeError unless each item is there exactly once.
     """
     columns = defaultdict(list)
-    for batch in tqdm(dataloader, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
+    for batch in tqdm(dataloader, desc="evaluating", leave=False, disable=not accelerator.is_main_process or None):
         columns["index"].append(batch.pop("index"))  # (B,)
         batch.pop("weight", None)
         for name, values in model(**batch).items():
@@ -303,10 +304,14 @@ def main():
     config.per_device_eval_batch_size = getattr(arguments, "per_device_batch_size", config.per_device_eval_batch_size)
 
     accelerator = make_accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise UserError(
+            "DeepSpeed and FSDP2 divide what training needs; to evaluate launch with cpu, single_gpu or multi_gpu.yaml"
+        )
     make_writable(config.output_dir)
     model = DualEncoder.from_pretrained(config.model_dir)
     eval_dataset, rerank_dataset = read_datasets(config, model.config, ("eval", "test_vocabulary"))
-    model = accelerator.prepare(model)
+    model = accelerator.prepare_model(model, evaluation_mode=True)  # the device and the precision; nothing to synchronise
     values = evaluate(accelerator, model, eval_dataset, metrics.compute_metrics, config)
     values |= _rerank_evaluate(accelerator, model, rerank_dataset, metrics.compute_metrics, config)
     for name, value in values.items():

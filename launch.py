@@ -1,5 +1,6 @@
 """How a process begins and ends: the Accelerator, the check that the launch is the one asked for, errors as one line."""
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -8,17 +9,18 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from data import UserError
 
 
-def make_accelerator(**kwargs):
+def make_accelerator(max_grad_norm=0.0, **kwargs):
     """The Accelerator for this process, checked: Accelerator(**kwargs) with what a machine without a GPU needs besides.
 
     The strategy and the precision are those of the launch: the YAML in accelerate_config/, or flags of `accelerate launch`.
-    Raises UserError where accelerate would quietly run something else.
+    max_grad_norm: for DeepSpeed, which clips by itself. Raises UserError where accelerate would quietly run something else.
     """
     transformers_logging.disable_progress_bar()  # a bar for each of a hundred saved models
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -30,6 +32,30 @@ def make_accelerator(**kwargs):
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         **kwargs,
     )
+    check_launch(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        set_up_deepspeed(accelerator, max_grad_norm, kwargs.get("gradient_accumulation_steps", 1))
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision != "no":
+        plugin = accelerator.state.fsdp_plugin
+        # Else losses and scores leave the model in bfloat16, where many scores are tied, and gradients are added up in it.
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )
+    processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
+    accelerator.print(
+        f"{processes} on {accelerator.device.type}, strategy {accelerator.distributed_type.value}, "
+        f"mixed precision {accelerator.mixed_precision}"
+    )
+    if on_cpu and accelerator.num_processes == 1 and torch.get_num_threads() < (os.cpu_count() or 1):
+        accelerator.print(
+            f"Using {torch.get_num_threads()} of {os.cpu_count()} CPU cores, as `accelerate launch` sets it; "
+            "--config_file accelerate_config/cpu.yaml uses all"
+        )
+    return accelerator
+
+
+def check_launch(accelerator):
+    """That the processes and the strategy are those that were asked for: accelerate falls back in silence. Raises UserError."""
     asked = int(os.environ.get("WORLD_SIZE", 1))
     # `accelerate launch --num_processes 2` starts one process where it finds no GPU; its environment gives it away.
     if "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
@@ -41,14 +67,32 @@ def make_accelerator(**kwargs):
         raise UserError(
             f"{asked} processes were launched, but they did not find each other: this one sees {accelerator.num_processes}"
         )
+    for strategy in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        wanted = os.environ.get(f"ACCELERATE_USE_{strategy.value}", "").lower() == "true"
+        if wanted != (accelerator.distributed_type == strategy):
+            raise UserError(
+                f"the launch {'asks' if wanted else 'does not ask'} for {strategy.value}, and accelerate made "
+                f"{accelerator.distributed_type.value} of it"
+                + ("; it runs FSDP on GPUs only" * (wanted and strategy == DistributedType.FSDP))
+            )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("FSDP 1 is not supported: write fsdp_version: 2 into the config, as in accelerate_config/fsdp2.yaml")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")
-    if on_cpu and accelerator.num_processes == 1 and torch.get_num_threads() < (os.cpu_count() or 1):
-        accelerator.print(
-            f"Using {torch.get_num_threads()} of {os.cpu_count()} CPU cores, as `accelerate launch` sets it; "
-            "--config_file accelerate_config/cpu.yaml uses all"
-        )
-    return accelerator
+
+
+def set_up_deepspeed(accelerator, max_grad_norm, gradient_accumulation_steps):
+    """What DeepSpeed takes from its own config, whatever the loop says; the one place that knows of it. Raises UserError."""
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    ours = {"gradient_clipping": float(max_grad_norm), "gradient_accumulation_steps": gradient_accumulation_steps}
+    for name, value in ours.items():
+        # It ignores the norm that clip_grad_norm_ is given, and takes "auto" for 1.0.
+        if config.get(name, "auto") not in ("auto", value):
+            raise UserError(f"the DeepSpeed config has {name} {config[name]}, the command {value}: leave it out of the config")
+        config[name] = value
+    # Else transformers would hand out pieces of weights under ZeRO-3 (even with zero3_init_flag: false), before it is known
+    # which of them decay. So each process builds the whole model in main memory, and DeepSpeed divides it then.
+    unset_hf_deepspeed_config()
 
 
 def make_writable(folder):

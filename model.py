@@ -69,7 +69,8 @@ class DualEncoder(PreTrainedModel):
         self.head = nn.Sequential(
             nn.Linear(config.feature_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, config.embedding_size)
         )
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))  # of the cosines before the softmax, learned as in CLIP
+        # Of the cosines before the softmax, learned as in CLIP. (1,): FSDP2 divides tensors, and refuses a scalar.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
         self.post_init()
 
     def forward(self, images=None, pages=None, candidates=None, candidate_mask=None, labels=None):
@@ -92,6 +93,9 @@ class DualEncoder(PreTrainedModel):
         logits = (scores * self.log_scale.exp()).masked_fill(~candidate_mask, -math.inf)  # (R, C)
         losses = functional.cross_entropy(logits, labels, reduction="none")  # (R,)
         return {"losses": losses, "scores": scores.masked_fill(~candidate_mask, -math.inf)}
+
+    def get_input_embeddings(self):
+        """None, which FSDP2 wants to hear: there is no table of words here that could be tied to an output layer."""
 
     def embed(self, images):
         """uint8 (B, 3, H, W) to float32 (B, D) of length 1. Call `forward`, not this, from outside."""

@@ -72,7 +72,7 @@ def build(data_dir, progress=True):
             total=len(icons) + sum(PAGES.values()) + 2 * ODD_ROWS * len(PAGES),
             desc="building the default data",
             unit="image",
-            disable=not progress,
+            disable=not progress or None,
         ) as bar:
             glyphs = draw_elements(icons, unfinished / "elements", bar)
             for number, (split, (split_icons, words)) in enumerate(split_by_word(icons).items()):
@@ -81,7 +81,11 @@ def build(data_dir, progress=True):
                 with open(unfinished / "csv" / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
                     csv.writer(file).writerows([COLUMNS, *rows])
         unfinished.chmod(0o755)  # mkdtemp lets nobody else read it
-        os.rename(unfinished, data_dir)
+        try:
+            os.rename(unfinished, data_dir)
+        except OSError:
+            if not data_dir.exists():  # else another machine on the same disk was first, with the same bytes
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

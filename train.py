@@ -108,6 +108,7 @@ class TrainState:
 def main():
     config = read_config(sys.argv[1:])
     accelerator = make_accelerator(
+        max_grad_norm=config.max_grad_norm,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=[JsonlTracker(Path(config.output_dir) / "log.jsonl"), "wandb"],
     )
@@ -154,7 +155,8 @@ def train(accelerator, config, model, train_dataset, eval_dataset, rerank_datase
     began = time.perf_counter()
     maybe_log_save_evaluate(*evaluation)
     model.train()
-    progress = tqdm(total=state.num_updates, desc="training", unit="update", disable=not accelerator.is_main_process)
+    # None: a bar only where there is a screen; a log file would get one at each redrawing.
+    progress = tqdm(total=state.num_updates, desc="training", unit="update", disable=not accelerator.is_main_process or None)
     for batch in train_dataloader:
         # A micro-batch. At the last one of an update gradients meet the other processes', and only then step and zero_grad act.
         with accelerator.accumulate(model):
@@ -316,7 +318,10 @@ def show(accelerator, progress, state, values):
     """What was logged, on the screen of the main process: the loss beside the bar, an evaluation in a line of its own."""
     if not accelerator.is_main_process or not values:
         return
-    progress.set_postfix_str(f"loss {values['train/loss']:.4f}, {values['train/samples_per_second']:.0f} rows/s")
+    losses = f"loss {values['train/loss']:.4f}, {values['train/samples_per_second']:.0f} rows/s"
+    progress.set_postfix_str(losses)
+    if progress.disable:
+        progress.write(f"update {state.step:>6}  {losses}")
     if state.step in state.evaluations:
         progress.write(
             f"update {state.step:>6}  " + "  ".join(f"{name} {values[name]:.4f}" for name in HEADLINES if name in values)

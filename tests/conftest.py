@@ -17,6 +17,10 @@ sys.path.insert(0, str(REPOSITORY))
 COLUMNS = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-table", action="store_true", help="write the README's table of test_parity.py anew")
+
+
 @pytest.fixture
 def data_dir(tmp_path):
     return write_data(tmp_path / "data")
@@ -55,20 +59,31 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def launch(script, *arguments, config="cpu", processes=None, mixed_precision=None, check=True, cwd=None, **environment):
-    """`accelerate launch` of a script of the repository, as a user would, in an environment without wandb's settings.
+def launch(
+    script,
+    *arguments,
+    config="cpu",
+    processes=None,
+    mixed_precision=None,
+    launch_flags=(),
+    check=True,
+    cwd=None,
+    **environment,
+):
+    """`accelerate launch` of a script of the repository, as a user would.
 
-    check: fail, with the output, unless it ends well. Returns the CompletedProcess, stdout and stderr in one text.
+    config: the name of one in accelerate_config, or a path. check: fail, with the output, unless it ends well.
+    Returns the CompletedProcess, stdout and stderr in one text.
     """
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", REPOSITORY / "accelerate_config" / f"{config}.yaml"] if config else []
+    config = f"{config}.yaml" if isinstance(config, str) else config
+    command += ["--config_file", REPOSITORY / "accelerate_config" / config] if config else []
     command += ["--num_processes", processes] if processes else []
     command += ["--mixed_precision", mixed_precision] if mixed_precision else []
-    command += [REPOSITORY / script, *arguments]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "ACCELERATE", "OMP"))}
+    command += [*launch_flags, REPOSITORY / script, *arguments]
     done = subprocess.run(
         [str(word) for word in command],
-        env=inherited | {"HOME": os.environ.get("HOME", "/")} | environment,
+        env=launch_environment() | environment,
         cwd=cwd or REPOSITORY,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -78,6 +93,12 @@ def launch(script, *arguments, config="cpu", processes=None, mixed_precision=Non
     )
     assert not check or done.returncode == 0, done.stdout
     return done
+
+
+def launch_environment():
+    """This one without what would change a launch, and with the programs of this Python, ninja and accelerate among them."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "ACCELERATE", "OMP"))}
+    return kept | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
 
 
 def read_log(output_dir):

@@ -1,26 +1,31 @@
 """train.py with a record of what happens in it: a process writes, into the folder that RECORD names, the functions of the
-evaluation sequence in the order of their calls, the rows it trained on, and the inputs it sent through the model."""
+evaluation sequence in the order of their calls, the rows it trained on and their losses, and the inputs it sent through the
+model; the main process keeps the metric.csv of each evaluation."""
 
 import functools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 
 import evaluate
 import metrics
 import train
 from launch import errors_in_one_line
 
-calls, trained, predicted = [], [], []
+record = {"calls": [], "trained": [], "losses": [], "predicted": []}
 
 
 def recorded(function):
     @functools.wraps(function)
     def wrapper(*arguments, **options):
-        calls.append(function.__name__)
+        record["calls"].append(function.__name__)
         return function(*arguments, **options)
 
     return wrapper
@@ -33,28 +38,43 @@ for name in SEQUENCE.split():
 train.maybe_log_save_evaluate = recorded(evaluate.maybe_log_save_evaluate)
 train.compute_metrics = recorded(metrics.compute_metrics)
 
-train_step, predict = train.train_step, evaluate.predict
+train_step, predict, write_metric_csv = train.train_step, evaluate.predict, evaluate.write_metric_csv
 
 
 def recorded_train_step(accelerator, model, batch):
-    trained.append(batch["index"].tolist())
-    return train_step(accelerator, model, batch)
+    index, weight, losses = train_step(accelerator, model, batch)
+    record["trained"].append(index.tolist())
+    record["losses"].append(losses.tolist())
+    return index, weight, losses
 
 
 def recorded_predict(accelerator, model, dataloader, num_items):
     def watched():
         for batch in dataloader:
-            predicted.append(batch["index"].tolist())
+            record["predicted"].append(batch["index"].tolist())
             yield batch
 
     return predict(accelerator, model, watched(), num_items)
 
 
-train.train_step, evaluate.predict = recorded_train_step, recorded_predict
+def recorded_write_metric_csv(path, dataset, scores):
+    write_metric_csv(path, dataset, scores)
+    record_dir = Path(os.environ["RECORD"])
+    shutil.copy(path, record_dir / f"metric_{len(list(record_dir.glob('metric_*.csv')))}.csv")
+
+
+train.train_step, evaluate.predict, evaluate.write_metric_csv = recorded_train_step, recorded_predict, recorded_write_metric_csv
+
+
+def write_record():
+    Path(os.environ["RECORD"], f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
+
 
 if __name__ == "__main__":
+    if os.environ.get("FSDP2_ON_CPU"):
+        # accelerate has FSDP on GPUs only: tell it that these processes are on some. What it then does on gloo is FSDP2.
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     with errors_in_one_line():
         train.main()
-    record = {"calls": calls, "trained": trained, "predicted": predicted}
-    rank = os.environ.get("RANK", "0")
-    Path(os.environ["RECORD"], f"{rank}.json").write_text(json.dumps(record))
+    write_record()

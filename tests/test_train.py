@@ -5,7 +5,6 @@ import math
 import re
 import struct
 from argparse import Namespace
-from collections import Counter
 
 import numpy as np
 import pandas
@@ -32,20 +31,10 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("run") / "data")
 
 
-def run(data, folder, batch, accumulation=1, **options):
-    batch = ["--per_device_batch_size", batch, "--gradient_accumulation_steps", accumulation]
-    done = launch(
-        "tests/recorded_run.py",
-        "--data_dir",
-        data,
-        "--output_dir",
-        folder,
-        *OPTIONS,
-        *batch,
-        RECORD=str(folder.parent),
-        **options,
-    )
-    records = [json.loads((folder.parent / f"{rank}.json").read_text()) for rank in range(options.get("processes") or 1)]
+def run(data, folder, batch, processes=1, **options):
+    arguments = ["--data_dir", data, "--output_dir", folder, *OPTIONS, "--per_device_batch_size", batch]
+    done = launch("tests/recorded_run.py", *arguments, processes=processes, RECORD=str(folder.parent), **options)
+    records = [json.loads((folder.parent / f"{rank}.json").read_text()) for rank in range(processes)]
     return Namespace(folder=folder, text=done.stdout, log=read_log(folder), records=records)
 
 
@@ -57,11 +46,6 @@ def one(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory):
     return run(data, tmp_path_factory.mktemp("two") / "output", batch=4, config="cpu_2_processes", processes=2)
-
-
-@pytest.fixture(scope="module")
-def accumulated(data, tmp_path_factory):
-    return run(data, tmp_path_factory.mktemp("accumulated") / "output", batch=2, accumulation=4)
 
 
 def test_what_a_run_leaves(one):
@@ -109,40 +93,6 @@ def test_two_processes_are_two(one, two):
     for record in two.records:
         assert len(record["trained"]) == UPDATES and all(len(rows) == 4 for rows in record["trained"])
     assert two.text.count("12 updates of 8 rows") == 1  # the main process alone prints
-
-
-@pytest.mark.parametrize("name", ["one", "two", "accumulated"])
-def test_each_row_is_trained_once_an_epoch(name, request):
-    records = request.getfixturevalue(name).records
-    micro_batches = [rows for together in zip(*(record["trained"] for record in records), strict=True) for rows in together]
-    seen = [row for rows in micro_batches for row in rows]
-    half = len(seen) // 2
-    for epoch in (seen[:half], seen[half:]):
-        assert Counter(row for row in epoch if row >= 0) == Counter(range(41))
-    one = request.getfixturevalue("one").records[0]["trained"]
-    assert seen == [row for rows in one for row in rows]  # in the same order, however it is cut
-
-
-@pytest.mark.parametrize("name", ["one", "two"])
-def test_each_input_is_encoded_once_in_total(name, request, data):
-    records = request.getfixturevalue(name).records
-    config = Namespace(data_dir=data, max_candidates=400, num_negatives=3, seed=0)
-    _, rerank = read_datasets(config, SIZES, ("eval", "test_vocabulary"))
-    times = Counter(index for record in records for batch in record["predicted"] for index in batch if index >= 0)
-    shared = Counter(range(13))
-    # Three evaluations, each with the rows of eval.csv and the distinct images of test_vocabulary.csv.
-    assert times == Counter({i: 3 * (shared[i] + (i < len(rerank))) for i in range(len(rerank))})
-
-
-def test_two_processes_and_accumulation_give_the_numbers_of_one(one, two, accumulated):
-    names = {name for line in one.log[1] for name in line if name.startswith(("eval/", "rerank/"))}
-    assert "eval/loss" in names and "rerank/Recall@1" in names
-    for other in (two, accumulated):
-        assert column(other.log[1], "train/learning_rate") == column(one.log[1], "train/learning_rate")
-        for step, loss in column(other.log[1], "train/loss").items():
-            assert loss == pytest.approx(column(one.log[1], "train/loss")[step], rel=1e-5)
-        for name in names:  # the same weights, those before training: to the last bit
-            assert column(other.log[1], name)[0] == column(one.log[1], name)[0]
 
 
 def test_evaluate_gives_the_numbers_of_training(two, data, tmp_path):
@@ -294,12 +244,6 @@ def test_a_folder_with_a_run_is_not_overwritten(one, data):
     before = (one.folder / "log.jsonl").read_bytes()
     assert "holds a run already" in refused("--data_dir", data, "--output_dir", one.folder)
     assert (one.folder / "log.jsonl").read_bytes() == before
-
-
-def test_a_launch_that_is_not_what_was_asked_for(data, tmp_path):
-    arguments = ["--data_dir", data, "--output_dir", tmp_path / "output"]
-    assert "one was started" in refused(*arguments, config=None, processes=2)
-    assert "fp16 needs a GPU" in refused(*arguments, mixed_precision="fp16", config=None)
 
 
 def test_bf16_and_no_config_file(data, tmp_path):

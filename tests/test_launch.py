@@ -1,0 +1,110 @@
+"""Launches: each config as it stands, and those that accelerate would quietly make something else of."""
+
+import re
+import subprocess
+
+import pytest
+import yaml
+from conftest import REPOSITORY, launch, launch_environment, read_log, write_data
+
+CONFIGS = sorted((REPOSITORY / "accelerate_config").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("launch") / "data")
+
+
+def refused(script, *arguments, **options):
+    """A launch that must fail with one line: the line, with no traceback before it."""
+    done = launch(script, *arguments, check=False, **options)
+    assert done.returncode != 0
+    (message,) = re.findall(r"^error: (.*)$", done.stdout, re.MULTILINE)  # once, on however many processes
+    assert "Traceback" not in done.stdout.split("error: ")[0]
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_config_says_when_and_how(path):
+    comment = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))[0]
+    assert f"accelerate launch --config_file accelerate_config/{path.name} " in comment
+    assert path.stem in ("cpu", "cpu_2_processes", "single_gpu") or ("Memory of" in comment and "Traffic of" in comment)
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "message"),
+    [
+        (None, {}, "several processes were asked for and one was started"),
+        ("fsdp2", {}, "the launch asks for FSDP, and accelerate made MULTI_CPU of it; it runs FSDP on GPUs only"),
+        ("zero1", {"ACCELERATE_USE_CPU": "true"}, "the launch asks for DEEPSPEED, and accelerate made MULTI_CPU of it"),
+    ],
+)
+def test_no_silent_fall_back(config, environment, message, tmp_path):
+    options = {"config": config, "processes": 2, "mixed_precision": "no"}
+    assert message in refused("train.py", "--output_dir", tmp_path / "output", **options, **environment)
+    assert not (tmp_path / "output").exists()
+
+
+def test_fp16_needs_a_gpu(tmp_path):
+    assert "fp16 needs a GPU" in refused("train.py", "--output_dir", tmp_path / "output", mixed_precision="fp16", config=None)
+
+
+@pytest.mark.parametrize("line", ["gradient_clipping: 0.5", "gradient_accumulation_steps: 2"])
+def test_deepspeed_is_told_one_thing_only(line, tmp_path):
+    config = (REPOSITORY / "accelerate_config" / "zero1.yaml").read_text(encoding="utf-8")
+    (tmp_path / "zero1.yaml").write_text(config.replace("zero_stage: 1", f"zero_stage: 1\n  {line}"))
+    assert yaml.safe_load((tmp_path / "zero1.yaml").read_text())["deepspeed_config"][line.split(":")[0]]
+    name, value = line.split(": ")
+    message = refused("train.py", "--output_dir", tmp_path / "output", config=tmp_path / "zero1.yaml", mixed_precision="no")
+    assert f"the DeepSpeed config has {name} {value}, the command 1" in message
+
+
+def test_evaluate_is_not_for_deepspeed(tmp_path):
+    (tmp_path / "training_config.json").write_text('{"mixed_precision": "no", "per_device_eval_batch_size": 1}')
+    message = refused("evaluate.py", "--model_dir", tmp_path, config="zero2", mixed_precision="no")
+    assert "to evaluate launch with cpu, single_gpu or multi_gpu.yaml" in message
+
+
+def test_bf16(data, tmp_path):
+    """Under one process tests/test_train.py has it. Scores and losses must leave the model in float32."""
+    for config, environment in (("zero3", {}), ("fsdp2", {"FSDP2_ON_CPU": "1"})):
+        folder = tmp_path / config
+        folder.mkdir()
+        launch(
+            *("tests/recorded_run.py", "--data_dir", data, "--output_dir", folder / "output"),
+            *("--max_steps", 2, "--per_device_batch_size", 8),
+            config=config,
+            mixed_precision="bf16",
+            RECORD=str(folder),
+            **environment,
+        )
+        first, lines = read_log(folder / "output")
+        assert first["mixed_precision"] == "bf16" and lines[-1]["step"] == 2
+        scores = re.findall(r'"\[([^"]*)\]"', (folder / "output" / "metric.csv").read_text(encoding="utf-8").replace('""', "'"))
+        digits = [value for cell in scores for value in cell.split(", ") if re.fullmatch(r"-?0\.\d{7,}", value)]
+        assert len(digits) > 100  # bfloat16 has three
+
+
+def test_the_slurm_script(data, tmp_path):
+    """As Slurm would run it on two machines of one GPU each: srun starts the command on both, with its number."""
+    for name, text in {
+        "scontrol": "echo localhost; echo other",
+        "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = launch_environment()
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    environment |= {"SLURM_JOB_NODELIST": "two", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "4321"}
+    options = ["--data_dir", data, "--output_dir", tmp_path / "output", "--max_steps", 2, "--per_device_batch_size", 8]
+    done = subprocess.run(
+        ["bash", "accelerate_config/slurm.sbatch", *map(str, options)],
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, lines = read_log(tmp_path / "output")
+    assert (first["processes"], first["strategy"], lines[-1]["step"]) == (2, "MULTI_CPU", 2)
