@@ -11,6 +11,7 @@ EDIT HERE for another task: `read_rows` says what a row is, the two data sets wh
 
 import ast
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -62,6 +63,17 @@ def read_datasets(config, image_sizes, splits):
         else SharedDataset(rows, pages, elements, config.num_negatives, config.seed)
         for split, rows in zip(splits, read, strict=True)
     ]
+
+
+def fingerprint(datasets):
+    """A hash of what the numbers depend on in the files: the CSVs, and the names and sizes of their images."""
+    found = hashlib.blake2b(digest_size=16)
+    for dataset in datasets:
+        found.update(dataset.rows.path.read_bytes())
+    for images in (datasets[0].pages, datasets[0].elements):  # of all of them
+        for key, path in zip(images.index, images.paths, strict=True):
+            found.update(f"{key} {path.stat().st_size}\n".encode())
+    return found.hexdigest()
 
 
 @dataclass
@@ -199,7 +211,7 @@ def find_image(folder, key):
     try:
         resolved = path.resolve(strict=True)
     except (OSError, ValueError, RuntimeError):  # absent, a null byte, a loop of links
-        raise UserError(f"{path}: there is no such file") from None
+        raise UserError(f"{folder}: there is no such file: {shorten(path.name)}") from None
     if not resolved.is_relative_to(folder.resolve()):
         raise UserError(f"{shorten(key)} points outside {folder}")
     return resolved
@@ -339,17 +351,20 @@ class TrainSampler(Sampler):
     rows weigh more, so that the mean over a full batch is the mean over the rows that are there.
     """
 
-    def __init__(self, num_rows, global_batch_size, num_updates, seed):
+    def __init__(self, num_rows, global_batch_size, num_updates, seed, first_update=0):
         self.num_rows, self.global_batch_size, self.num_updates, self.seed = num_rows, global_batch_size, num_updates, seed
+        self.first_update = first_update
 
     def __len__(self):
-        return self.num_updates * self.global_batch_size
+        return (self.num_updates - self.first_update) * self.global_batch_size
 
     def __iter__(self):
-        return itertools.islice(self.endless(), len(self))
+        first_epoch, skipped = divmod(self.first_update, updates_per_epoch(self.num_rows, self.global_batch_size))
+        start = skipped * self.global_batch_size
+        return itertools.islice(self.endless(first_epoch), start, start + len(self))
 
-    def endless(self):
-        for epoch in itertools.count():
+    def endless(self, first_epoch):
+        for epoch in itertools.count(first_epoch):
             order = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows).tolist()
             for start in range(0, self.num_rows, self.global_batch_size):
                 rows = order[start : start + self.global_batch_size]

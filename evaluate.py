@@ -37,10 +37,10 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 import metrics
-from checkpoint import TRAINING_CONFIG, save_model
+from checkpoint import TRAINING_CONFIG, save_checkpoint, save_model
 from data import UserError, full_batches, read_datasets
-from launch import errors_in_one_line, finish, make_accelerator, make_writable
-from model import DualEncoder, rerank_scores
+from launch import errors_in_one_line, finish, leave_signals_to_the_main_process, make_accelerator, make_writable, stop_if_asked
+from model import load_model, rerank_scores
 
 
 def maybe_log_save_evaluate(accelerator, model, state, config, eval_dataset, rerank_dataset, compute_metrics):
@@ -58,35 +58,40 @@ def maybe_log_save_evaluate(accelerator, model, state, config, eval_dataset, rer
     evaluate_due = evaluate_due or state.step == 0
     output_dir = Path(config.output_dir)
     values = {}
-    if state.window and (log_due or evaluate_due or save_due):
-        # Before anything else: weights that are not finite are neither evaluated nor saved.
-        values |= training_metrics(accelerator, state)
+    if log_due or evaluate_due or save_due:
+        collect_losses(accelerator, state)  # before anything else: weights that are not finite are neither evaluated nor saved
     if evaluate_due:
         evaluated = evaluate(accelerator, model, eval_dataset, compute_metrics, config)
         evaluated |= _rerank_evaluate(accelerator, model, rerank_dataset, compute_metrics, config)
         state.evaluations[state.step] = evaluated
         values |= evaluated
+    if state.losses and (log_due or evaluate_due):
+        values |= training_metrics(state, config)
     if values:
         accelerator.log(values, step=state.step)  # all of a step at once: one line, one point on the axis
     if evaluate_due and is_best(state, evaluated, config.best_metric):
         save_model(accelerator, model, output_dir / "best", state.training_config)
+    state.done = True
     if save_due:
-        save_model(accelerator, model, output_dir / "checkpoints" / f"step_{state.step:08d}", state.training_config)
+        save_checkpoint(accelerator, model, state, output_dir / "checkpoints", config.save_total_limit)
     if evaluate_due or save_due:
         state.window_began = time.perf_counter()  # samples_per_second is of training alone
     return values
 
 
-def training_metrics(accelerator, state):
-    """{"train/...": float} of the updates since the last call; the loss is the mean over every row of every process.
+def collect_losses(accelerator, state):
+    """Move the losses of every row of every process since the last call into `state`, as numbers.
 
     The one place where training waits for the device. Raises UserError if a loss or the gradients are not finite.
     """
+    if not state.window:
+        return
     steps, learning_rates, *columns = zip(*state.window, strict=True)  # each a list, one entry a micro-batch of this process
     shape = (accelerator.num_processes, *torch.stack(columns[0]).shape)  # (W, micro-batches, B)
     index, weight, losses = (accelerator.gather(torch.stack(column)).cpu().view(shape) for column in columns)
-    grad_norm = float(state.grad_norm)
-    seconds, state.window_began = time.perf_counter() - state.window_began, time.perf_counter()
+    state.grad_norm = float(state.grad_norm)
+    state.seconds += time.perf_counter() - state.window_began
+    state.window_began = time.perf_counter()
     state.window.clear()
 
     broken = ~losses.isfinite()
@@ -97,14 +102,23 @@ def training_metrics(accelerator, state):
             f"the loss of update {steps[first] + 1} is not finite (learning rate {learning_rates[first]:.3g}), {len(rows)} rows: "
             f"{'; '.join(rows[:5])}: lower --learning_rate, or look at these rows. What was saved before is safe"
         )
-    if not math.isfinite(grad_norm) and accelerator.mixed_precision != "fp16":  # fp16 skips such an update by itself
+    if not math.isfinite(state.grad_norm) and accelerator.mixed_precision != "fp16":  # fp16 skips such an update by itself
         raise UserError(f"the gradient of update {state.step} is not finite (learning rate {learning_rates[-1]:.3g}); lower it")
-    return {
-        "train/loss": (weight * losses).double().mean().item(),
-        "train/grad_norm": grad_norm,
-        "train/learning_rate": learning_rates[-1],
-        "train/samples_per_second": (index >= 0).sum().item() / seconds,
+    state.losses += (weight * losses).double().flatten().tolist()
+    state.rows += (index >= 0).sum().item()
+
+
+def training_metrics(state, config):
+    """{"train/...": float} of the updates since the last call; the loss is the mean over every row of every process."""
+    values = {
+        # Summed exactly, whatever the order: an interruption or another number of processes does not change the last bit.
+        "train/loss": math.fsum(state.losses) / len(state.losses),
+        "train/grad_norm": state.grad_norm,
+        "train/learning_rate": state.learning_rate,
+        "train/samples_per_second": state.rows / state.seconds,
     }
+    state.losses, state.rows, state.seconds = [], 0, 0.0
+    return values
 
 
 def is_best(state, values, best_metric):
@@ -137,6 +151,8 @@ def get_eval_dataloader(accelerator, dataset, config):
         sampler=full_batches(dataset.groups, config.per_device_eval_batch_size, accelerator.num_processes),
         collate_fn=dataset.collate,
         num_workers=config.num_workers,
+        worker_init_fn=leave_signals_to_the_main_process,
+        generator=torch.Generator(),  # else iterating draws from the state that dropout uses
         pin_memory=accelerator.device.type == "cuda",
     )
     # Not accelerator.prepare: it would keep every DataLoader that it is given, one more at each evaluation.
@@ -203,6 +219,7 @@ def predict(accelerator, model, dataloader, num_items):
     """
     columns = defaultdict(list)
     for batch in tqdm(dataloader, desc="evaluating", leave=False, disable=not accelerator.is_main_process or None):
+        stop_if_asked()  # in time, should the evaluation take longer than whoever asks waits
         columns["index"].append(batch.pop("index"))  # (B,)
         batch.pop("weight", None)
         for name, values in model(**batch).items():
@@ -309,7 +326,7 @@ def main():
             "DeepSpeed and FSDP2 divide what training needs; to evaluate launch with cpu, single_gpu or multi_gpu.yaml"
         )
     make_writable(config.output_dir)
-    model = DualEncoder.from_pretrained(config.model_dir)
+    model = load_model(config.model_dir)
     eval_dataset, rerank_dataset = read_datasets(config, model.config, ("eval", "test_vocabulary"))
     model = accelerator.prepare_model(model, evaluation_mode=True)  # the device and the precision; nothing to synchronise
     values = evaluate(accelerator, model, eval_dataset, metrics.compute_metrics, config)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import signal
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -81,6 +83,15 @@ def check_launch(accelerator):
         raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")
 
 
+def describe_strategy(accelerator):
+    """{"strategy": ..., and "processes": ... where each of them holds a part of the optimizer's state}"""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return {"strategy": f"ZeRO-{accelerator.deepspeed_plugin.zero_stage}", "processes": accelerator.num_processes}
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return {"strategy": "FSDP2", "processes": accelerator.num_processes}
+    return {"strategy": "DDP"}  # one process is one of these
+
+
 def set_up_deepspeed(accelerator, max_grad_norm, gradient_accumulation_steps):
     """What DeepSpeed takes from its own config, whatever the loop says; the one place that knows of it. Raises UserError."""
     config = accelerator.deepspeed_plugin.deepspeed_config
@@ -93,6 +104,43 @@ def set_up_deepspeed(accelerator, max_grad_norm, gradient_accumulation_steps):
     # Else transformers would hand out pieces of weights under ZeRO-3 (even with zero3_init_flag: false), before it is known
     # which of them decay. So each process builds the whole model in main memory, and DeepSpeed divides it then.
     unset_hf_deepspeed_config()
+
+
+class Stopped(Exception):
+    """The run was asked to end; every process has finished its update and raises this at the same one."""
+
+
+_stop = SimpleNamespace(signal=None, group=None, parent=None)
+
+
+def watch_for_stop(accelerator):
+    """From now on SIGTERM and SIGINT end nothing by themselves: `stop_if_asked` does. Every process must call it."""
+
+    def remember(number, frame):
+        _stop.signal = number
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, remember)
+    _stop.parent = os.getppid()
+    if accelerator.num_processes > 1:
+        _stop.group = torch.distributed.new_group(backend="gloo")  # between the hosts: a GPU's queue of work is not waited for
+
+
+def stop_if_asked():
+    """Raise Stopped on every process if one was asked to end, or has lost its launcher. Nothing without `watch_for_stop`."""
+    if _stop.parent is None:
+        return
+    asked = torch.tensor(int(_stop.signal is not None or os.getppid() != _stop.parent))
+    if _stop.group is not None:
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=_stop.group)
+    if asked:
+        raise Stopped
+
+
+def leave_signals_to_the_main_process(worker):
+    """For DataLoader workers, which would else die of the signal before the process that needs their batches is done."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_writable(folder):
@@ -118,7 +166,25 @@ def errors_in_one_line():
     """End the program with one line for a UserError, and status 1, however many processes meet it."""
     try:
         yield
-    except UserError as error:
+    except Exception as error:
+        told_to_end = _stop.signal is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        if not isinstance(error, UserError):
+            # A process that lost another one: that one has said why, or was killed, and the launcher ends this one.
+            if not lost_a_process(error):
+                raise
+            if os.environ.get("RANK", "0") == "0":
+                print(
+                    "\nanother process ended, for the reason given above, or killed from outside (out of memory?). What was saved"
+                    " is safe, and the same command goes on from there",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            elif not told_to_end:
+                time.sleep(5)
+            sys.stdout.flush()
+            os._exit(1)
         # Process 0 has most likely the same to say; its end then ends the others before they repeat it. It waits a moment too,
         # for the reason given in `finish`.
         time.sleep(5 if os.environ.get("RANK", "0") != "0" else 0.5)
@@ -126,3 +192,7 @@ def errors_in_one_line():
         message = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
         print(f"\nerror: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def lost_a_process(error):
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -13,30 +13,38 @@ B micro-batch of one process, G global batch = B x processes x accumulation, upd
 """
 
 import importlib.metadata
-import json
 import math
-import os
-import subprocess
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import wandb
 import yaml
-from accelerate.tracking import GeneralTracker
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import sample_data
-from data import TrainSampler, UserError, read_datasets, updates_per_epoch
-from evaluate import maybe_log_save_evaluate
-from launch import errors_in_one_line, finish, make_accelerator, make_writable
+from checkpoint import MANIFEST, check_checkpoint, load_training_state, newest_checkpoint, read_checkpoint, save_checkpoint
+from data import TrainSampler, UserError, fingerprint, read_datasets, updates_per_epoch
+from evaluate import collect_losses, maybe_log_save_evaluate
+from launch import (
+    Stopped,
+    describe_strategy,
+    errors_in_one_line,
+    finish,
+    leave_signals_to_the_main_process,
+    make_accelerator,
+    make_writable,
+    stop_if_asked,
+    watch_for_stop,
+)
 from metrics import compute_metrics
 from model import load_model
+from tracking import JsonlTracker, closing_table, first_line, show, start_trackers
 
 DEFAULT_DATA_DIR = "default_data"
 
@@ -82,10 +90,16 @@ class Config:
     log_every: int = option(50, "updates between two lines of train/loss and its like; 0: only at the end")
     eval_every: int = option(500, "updates between two evaluations, both ways; 0: only before the first update and at the end")
     per_device_eval_batch_size: int = option(64, "inputs in a batch of an evaluation, on a process")
-    save_every: int = option(0, "updates between two checkpoints; 0: only at the end")
+    save_every: int = option(200, "updates between two checkpoints, from which an interrupted run goes on; 0: only at the end")
+    save_total_limit: int = option(2, "checkpoints that are kept, the newest ones; 0: all")
     best_metric: str = option("min:eval/loss", "what output_dir/best is the best of: min: or max:, then any name in the log")
-    output_dir: str = option("output", "where everything goes; it must not hold another run")
+    output_dir: str = option("output", "where everything goes; a run that is there and was interrupted goes on")
+    resume: str = option("auto", "auto: from the newest whole checkpoint in output_dir; never; or a checkpoint's folder")
     project: str = option("match-element", "project in the tracker")
+
+
+# What may differ between the parts of an interrupted run: it changes no number.
+WITHOUT_EFFECT = ("data_dir", "num_workers", "log_every", "save_every", "save_total_limit", "output_dir", "resume", "project")
 
 
 @dataclass
@@ -94,15 +108,36 @@ class TrainState:
 
     num_updates: int
     training_config: dict  # what save_model puts beside the weights
+    depends_on: dict  # what the numbers depend on, for the checkpoints
+    versions: dict
     name_row: object  # row of train.csv -> its name in messages
-    step: int = 0  # updates done
-    best_step: int | None = None
-    best_value: float | None = None
-    evaluations: dict = field(default_factory=dict)  # step -> {"eval/...": ..., "rerank/...": ...}
     # since the last look at the losses: (step, learning rate, index (B,), weight (B,), losses (B,)) of each micro-batch
     window: list = field(default_factory=list)
     window_began: float = field(default_factory=time.perf_counter)
+    # what a checkpoint keeps
+    step: int = 0  # updates done
+    done: bool = False  # whether what is due at this step (log, evaluate, save) is done
+    best_step: int | None = None
+    best_value: float | None = None
+    evaluations: dict = field(default_factory=dict)  # step -> {"eval/...": ..., "rerank/...": ...}
+    # since the last line of the log: weight x loss of each row, rows, seconds; of the last update: norm and rate
+    losses: list = field(default_factory=list)
+    rows: int = 0
+    seconds: float = 0.0
     grad_norm: torch.Tensor | float = 0.0
+    learning_rate: float = 0.0
+
+    def to_save(self):
+        """What JSON can hold of it: a dict, which `restore` takes."""
+        return {name: getattr(self, name) for name in SAVED}
+
+    def restore(self, saved):
+        for name in SAVED:
+            setattr(self, name, saved[name])
+        self.evaluations = {int(step): values for step, values in self.evaluations.items()}  # JSON has only text for keys
+
+
+SAVED = ("step", "done", "best_step", "best_value", "evaluations", "losses", "rows", "seconds", "grad_norm", "learning_rate")
 
 
 def main():
@@ -120,58 +155,86 @@ def main():
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {config.model_name_or_path}: {' '.join(str(error).split())}") from None
     datasets = read_datasets(config, model.config, ("train", "eval", "test_vocabulary"))
-    start_trackers(accelerator, config, datasets)
-    train(accelerator, config, model, *datasets, compute_metrics)
+    state = make_state(accelerator, config, datasets)
+    checkpoint = find_checkpoint(accelerator, config, state)
+    if state.step == state.num_updates:
+        accelerator.print(f"{config.output_dir} holds a run that is finished ({state.step} updates), and is left as it is")
+        return finish(accelerator)
+    if checkpoint is not None:
+        model = load_model(checkpoint)
+    start_trackers(accelerator, config, state, datasets)
+    try:
+        train(accelerator, config, model, state, checkpoint, *datasets, compute_metrics)
+    except Stopped:
+        accelerator.print(
+            f"\nstopped, as asked, after update {state.step}, which is in {config.output_dir}/checkpoints: "
+            "the same command goes on from there"
+        )
+        finish(accelerator)
+        sys.exit(128 + signal.SIGTERM)
     finish(accelerator)
 
 
-def train(accelerator, config, model, train_dataset, eval_dataset, rerank_dataset, compute_metrics):
-    """Train `model` as `config` says; everything it leaves is in config.output_dir. Raises UserError."""
-    global_batch_size = config.per_device_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
-    if global_batch_size > len(train_dataset):
-        raise UserError(
-            f"a global batch of {global_batch_size} rows is more than the {len(train_dataset)} rows of {train_dataset.rows.path}"
-        )
-    state = TrainState(
-        num_updates=config.max_steps or config.num_epochs * updates_per_epoch(len(train_dataset), global_batch_size),
-        training_config=asdict(config) | {"mixed_precision": accelerator.mixed_precision},
-        name_row=train_dataset.rows.name,
-    )
+def train(accelerator, config, model, state, checkpoint, train_dataset, eval_dataset, rerank_dataset, compute_metrics):
+    """Train `model` from `state` on, as `config` says; everything it leaves is in config.output_dir.
+
+    checkpoint: the folder that `state` was read from, or None. Raises UserError, and Stopped once everything is saved.
+    """
     # One DataLoader for the whole run, whose sampler knows of epochs: no start-up at each, and workers that stay.
+    global_batch_size = state.depends_on["global_batch_size"]
     train_dataloader = DataLoader(
         train_dataset,
         batch_size=config.per_device_batch_size,
-        sampler=TrainSampler(len(train_dataset), global_batch_size, state.num_updates, config.seed),
+        sampler=TrainSampler(len(train_dataset), global_batch_size, state.num_updates, config.seed, state.step),
         collate_fn=train_dataset.collate,
         num_workers=config.num_workers,
+        worker_init_fn=leave_signals_to_the_main_process,
+        generator=torch.Generator(),  # else iterating draws from the state that dropout uses, and a resumed run differs
         pin_memory=accelerator.device.type == "cuda",
     )
     # eps: with the usual 1e-8 a weight whose gradient is all rounding moves by a full step, and runs that should agree drift.
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, eps=1e-6)
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
     set_seed(config.seed, device_specific=True)  # from here on each process has dropout of its own
+    if checkpoint is not None:
+        load_training_state(accelerator, checkpoint)
+    watch_for_stop(accelerator)
 
     evaluation = (accelerator, model, state, config, eval_dataset, rerank_dataset, compute_metrics)
-    began = time.perf_counter()
-    maybe_log_save_evaluate(*evaluation)
-    model.train()
-    # None: a bar only where there is a screen; a log file would get one at each redrawing.
-    progress = tqdm(total=state.num_updates, desc="training", unit="update", disable=not accelerator.is_main_process or None)
-    for batch in train_dataloader:
-        # A micro-batch. At the last one of an update gradients meet the other processes', and only then step and zero_grad act.
-        with accelerator.accumulate(model):
-            learning_rate = learning_rate_at(state.step, state.num_updates, config)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            state.window.append((state.step, learning_rate, *train_step(accelerator, model, batch)))
+    began = state.window_began = time.perf_counter()
+    progress = tqdm(
+        desc="training",
+        unit="update",
+        total=state.num_updates,
+        initial=state.step,
+        disable=not accelerator.is_main_process or None,  # None: a bar on a screen, none in a file
+    )
+    try:
+        if not state.done:  # before the first update, or where an evaluation was interrupted
+            maybe_log_save_evaluate(*evaluation)
+        model.train()
+        for batch in train_dataloader:
+            # A micro-batch. At the last one of an update gradients meet the other processes', and only then do step and zero_grad
+            # act.
+            with accelerator.accumulate(model):
+                state.learning_rate = learning_rate_at(state.step, state.num_updates, config)
+                for group in optimizer.param_groups:
+                    group["lr"] = state.learning_rate
+                state.window.append((state.step, state.learning_rate, *train_step(accelerator, model, batch)))
+                if accelerator.sync_gradients:
+                    state.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+                optimizer.step()
+                optimizer.zero_grad()
             if accelerator.sync_gradients:
-                state.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            state.step += 1
-            progress.update()
-            show(accelerator, progress, state, maybe_log_save_evaluate(*evaluation))
+                state.step, state.done = state.step + 1, False
+                progress.update()
+                show(accelerator, progress, state, maybe_log_save_evaluate(*evaluation))
+                if state.step < state.num_updates:
+                    stop_if_asked()
+    except Stopped:
+        collect_losses(accelerator, state)
+        save_checkpoint(accelerator, model, state, Path(config.output_dir) / "checkpoints", config.save_total_limit)
+        raise
     progress.close()
     accelerator.print(closing_table(state, config, global_batch_size, time.perf_counter() - began))
 
@@ -237,17 +300,20 @@ def read_config(arguments):
 
 AT_LEAST = {
     0: ("max_steps", "num_workers", "learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm", "seed")
-    + ("log_every", "eval_every", "save_every"),
+    + ("log_every", "eval_every", "save_every", "save_total_limit"),
     1: ("num_epochs", "num_negatives", "max_candidates", "per_device_batch_size", "per_device_eval_batch_size")
     + ("gradient_accumulation_steps",),
 }
 
 
 def make_output_dir(accelerator, config):
-    """Make the folder, and see that it can be written and holds no other run. Raises UserError."""
+    """Make the folder, and see that all can write to it and that --resume allows what is in it. Raises UserError."""
     folder = Path(config.output_dir)
-    if (folder / "log.jsonl").exists():
-        raise UserError(f"--output_dir {folder} holds a run already: name another one, or remove it")
+    there = (folder / "log.jsonl").exists() and not Path(config.resume).resolve().is_relative_to(folder.resolve())
+    if there and config.resume != "auto":
+        raise UserError(f"--output_dir {folder} holds a run already: name another one, remove it, or leave --resume out")
+    if config.resume not in ("auto", "never") and not (Path(config.resume) / MANIFEST).is_file():
+        raise UserError(f"--resume {config.resume}: no checkpoint is there; name a folder like output/checkpoints/step_00000200")
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     make_writable(folder)
 
@@ -262,95 +328,59 @@ def build_default_data(accelerator, config):
         raise UserError(f"--data_dir {config.data_dir}: there is no such folder")
 
 
-def start_trackers(accelerator, config, datasets):
-    """log.jsonl and wandb, both beginning with the config, the versions, the git commit and the counts of the data."""
-    offline = "WANDB_MODE" not in os.environ and accelerator.is_main_process and not wandb.login(prompt=False)
-    if offline:
-        accelerator.print(
-            f"wandb has no key here, so it logs offline; to upload: wandb sync {config.output_dir}/wandb/offline-run-*"
-        )
-    options = {"dir": config.output_dir, "mode": "offline" if offline else None, "settings": wandb.Settings(silent=offline)}
+def make_state(accelerator, config, datasets):
+    """The state before the first update. Raises UserError."""
+    num_rows = len(datasets[0])
+    global_batch_size = config.per_device_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    if global_batch_size > num_rows:
+        raise UserError(f"a global batch of {global_batch_size} rows is more than the {num_rows} rows of {datasets[0].rows.path}")
+    # How the global batch is cut and who computes it changes only the last bits, unless each process holds its part of the state.
+    cut = ("per_device_batch_size", "gradient_accumulation_steps")
+    depends_on = {name: value for name, value in asdict(config).items() if name not in (*WITHOUT_EFFECT, *cut)}
+    depends_on |= {"global_batch_size": global_batch_size, "mixed_precision": accelerator.mixed_precision}
+    depends_on |= describe_strategy(accelerator) | {"data": fingerprint(datasets)}
     packages = ("torch", "accelerate", "transformers", "numpy", "pillow")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
+    return TrainState(
+        num_updates=config.max_steps or config.num_epochs * updates_per_epoch(num_rows, global_batch_size),
+        training_config=asdict(config) | {"mixed_precision": accelerator.mixed_precision},
+        depends_on=depends_on,
+        versions={name: importlib.metadata.version(name) for name in packages},
+        name_row=datasets[0].rows.name,
     )
-    facts = {
-        "config": asdict(config),
-        "processes": accelerator.num_processes,
-        "strategy": accelerator.distributed_type.value,
-        "mixed_precision": accelerator.mixed_precision,
-        "device": str(accelerator.device.type),
-        "data": {str(dataset.rows.path): dataset.rows.counts for dataset in datasets},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": commit.stdout.strip() or None,
-    }
-    accelerator.init_trackers(config.project, config=facts, init_kwargs={"wandb": options})
 
 
-class JsonlTracker(GeneralTracker):
-    """log.jsonl: a JSON object a line, each with its `step`; the first one holds what `start_trackers` says of the run."""
-
-    name = "jsonl"
-    requires_logging_directory = False
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = path
-
-    @property
-    def tracker(self):
-        return self.path
-
-    def store_init_configuration(self, values):
-        self.log(values, step=0)
-
-    def log(self, values, step=None, **kwargs):
-        # JSON has no inf and no NaN; a gradient norm may be one where fp16 skips an update.
-        values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
-
-
-def show(accelerator, progress, state, values):
-    """What was logged, on the screen of the main process: the loss beside the bar, an evaluation in a line of its own."""
-    if not accelerator.is_main_process or not values:
-        return
-    losses = f"loss {values['train/loss']:.4f}, {values['train/samples_per_second']:.0f} rows/s"
-    progress.set_postfix_str(losses)
-    if progress.disable:
-        progress.write(f"update {state.step:>6}  {losses}")
-    if state.step in state.evaluations:
-        progress.write(
-            f"update {state.step:>6}  " + "  ".join(f"{name} {values[name]:.4f}" for name in HEADLINES if name in values)
+def find_checkpoint(accelerator, config, state):
+    """The checkpoint to go on from, as --resume says, or None; `state` becomes what it holds. Raises UserError."""
+    folder = Path(config.output_dir)
+    if config.resume == "auto":
+        checkpoint = newest_checkpoint(accelerator, folder / "checkpoints")
+    elif config.resume == "never":
+        checkpoint = None
+    else:
+        checkpoint = Path(config.resume)
+        problem = check_checkpoint(accelerator, checkpoint)
+        if problem is not None:
+            raise UserError(f"--resume {checkpoint}: it is damaged: {problem}")
+    manifest, saved = read_checkpoint(checkpoint) if checkpoint else (first_line(folder / "log.jsonl"), None)
+    if manifest is None:
+        return None
+    names = [name for name in state.depends_on if manifest["depends_on"].get(name) != state.depends_on[name]]
+    if names:
+        differences = "; ".join(f"{name} was {manifest['depends_on'].get(name)}, is {state.depends_on[name]}" for name in names)
+        raise UserError(
+            f"{checkpoint or folder} is of a run with other numbers: {differences}: launch as before, or name another folder"
         )
-
-
-HEADLINES = ("eval/loss", "eval/Recall@1", "eval/MRR@100", "rerank/Recall@1", "rerank/Recall@10", "rerank/MRR@100")
-
-
-def closing_table(state, config, global_batch_size, seconds):
-    """Updates, time, first, best and last metrics, and where everything is: str."""
-    first, best, last = 0, state.best_step, state.step
-    names = [name for name in HEADLINES if name in state.evaluations[last]]
-    lines = [
-        "",
-        f"{state.step} updates of {global_batch_size} rows in {seconds:.0f} s, evaluations included",
-        f"{'':<20}{'before':>12}{f'best, {best}':>14}{f'last, {last}':>14}",
-    ]
-    for name in names:
-        values = [state.evaluations[step].get(name, math.nan) if step is not None else math.nan for step in (first, best, last)]
-        lines.append(f"{name:<20}{values[0]:>12.4f}{values[1]:>14.4f}{values[2]:>14.4f}")
-    places = {
-        "best": f"the model of update {best}, best by {config.best_metric}",
-        f"checkpoints/step_{last:08d}": "the model after the last update",
-        "metric.csv": "every query of the last rerank evaluation",
-        "log.jsonl": "everything that was logged",
-    }
-    lines += [f"{f'{config.output_dir}/{place}':<36}  {what}" for place, what in places.items()]
-    return "\n".join(lines)
+    if checkpoint is None:
+        accelerator.print(f"{folder} holds a run without a whole checkpoint: it begins again")
+        return None
+    state.restore(saved)
+    if not (folder / "best").exists():  # in another folder than the checkpoint's: the next evaluation is the best one here
+        state.best_step = state.best_value = None
+    if state.step < state.num_updates:
+        others = [name for name, version in state.versions.items() if manifest["versions"].get(name) != version]
+        warning = f" (last bits may differ: other versions of {', '.join(others)})" if others else ""
+        accelerator.print(f"going on from update {state.step} of {state.num_updates}: {checkpoint}{warning}")
+    return checkpoint
 
 
 if __name__ == "__main__":

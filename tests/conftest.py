@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-REPOSITORY = Path(__file__).parent.parent
-sys.path.insert(0, str(REPOSITORY))
+from model import DualEncoder, DualEncoderConfig
 
+REPOSITORY = Path(__file__).parent.parent
 COLUMNS = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info"]
 
 
@@ -24,6 +24,20 @@ def pytest_addoption(parser):
 @pytest.fixture
 def data_dir(tmp_path):
     return write_data(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def make_tiny_model(folder):
+    """A folder with a model that computes next to nothing, and has dropout."""
+    backbone = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone |= {"image_size": 16, "patch_size": 8, "hidden_dropout_prob": 0.1}
+    config = DualEncoderConfig(backbone_config=backbone, feature_size=86, embedding_size=16, page_size=16, element_size=16)
+    DualEncoder(config).save_pretrained(folder)
+    return folder
 
 
 def write_data(folder, train=41, evaluation=13, test=17, elements=30):
@@ -75,14 +89,16 @@ def launch(
     config: the name of one in accelerate_config, or a path. check: fail, with the output, unless it ends well.
     Returns the CompletedProcess, stdout and stderr in one text.
     """
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    config = f"{config}.yaml" if isinstance(config, str) else config
-    command += ["--config_file", REPOSITORY / "accelerate_config" / config] if config else []
-    command += ["--num_processes", processes] if processes else []
-    command += ["--mixed_precision", mixed_precision] if mixed_precision else []
-    command += [*launch_flags, REPOSITORY / script, *arguments]
+    command = launch_command(
+        script,
+        *arguments,
+        config=config,
+        processes=processes,
+        mixed_precision=mixed_precision,
+        launch_flags=launch_flags,
+    )
     done = subprocess.run(
-        [str(word) for word in command],
+        command,
         env=launch_environment() | environment,
         cwd=cwd or REPOSITORY,
         stdin=subprocess.DEVNULL,
@@ -93,6 +109,16 @@ def launch(
     )
     assert not check or done.returncode == 0, done.stdout
     return done
+
+
+def launch_command(script, *arguments, config="cpu", processes=None, mixed_precision=None, launch_flags=()):
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    config = f"{config}.yaml" if isinstance(config, str) else config
+    command += ["--config_file", REPOSITORY / "accelerate_config" / config] if config else []
+    command += ["--num_processes", processes] if processes else []
+    command += ["--mixed_precision", mixed_precision] if mixed_precision else []
+    command += [*launch_flags, REPOSITORY / script, *arguments]
+    return [str(word) for word in command]
 
 
 def launch_environment():

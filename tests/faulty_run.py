@@ -39,7 +39,8 @@ def main():
             accelerator.trackers[0].store_init_configuration({"config": dataclasses.asdict(faulty)})
         set_seed(config.seed)
         with FAULTS[fault]():
-            train.train(accelerator, faulty, train.load_model(None), *datasets, compute_metrics)
+            state = train.make_state(accelerator, faulty, datasets)
+            train.train(accelerator, faulty, train.load_model(None), state, None, *datasets, compute_metrics)
         accelerator.free_memory()
         recorded_run.write_record()
     finish(accelerator)

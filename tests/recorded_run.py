@@ -11,8 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from fsdp2_on_cpu import fsdp2_on_cpu
 
 import evaluate
 import metrics
@@ -71,10 +70,7 @@ def write_record():
 
 
 if __name__ == "__main__":
-    if os.environ.get("FSDP2_ON_CPU"):
-        # accelerate has FSDP on GPUs only: tell it that these processes are on some. What it then does on gloo is FSDP2.
-        PartialState(cpu=True)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    fsdp2_on_cpu()
     with errors_in_one_line():
         train.main()
     write_record()

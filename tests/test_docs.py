@@ -19,7 +19,9 @@ def definitions(path):
             first = node.body[0]
             docstring = range(first.lineno, first.end_lineno + 1) if ast.get_docstring(node) is not None else ()
             code = [number for number in range(node.lineno, node.end_lineno + 1) if number not in docstring]
-            found[node.name] = sum(not lines[number - 1].strip().startswith("#") and lines[number - 1].strip() != "" for number in code)
+            found[node.name] = sum(
+                not lines[number - 1].strip().startswith("#") and lines[number - 1].strip() != "" for number in code
+            )
     return found
 
 

@@ -1,0 +1,147 @@
+"""Generated input of every kind: each is accepted with the right values or refused in one clear message. Nothing is run, nothing
+hangs, nothing outside the folder is read."""
+
+import ast
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import save_image, write_csv
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import train
+from data import UserError, as_keys, decode_image, find_image, parse_literal, read_rows
+
+EXAMPLES = settings(max_examples=100, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck))
+ROW = ["word", "1", "1", "page", "key", "['key']", "[64, 64]", "[0, 0, 1, 1]"]
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+CODE = st.sampled_from(
+    ["__import__('os').abort()", "open('/tmp/hole', 'w')", "[].__class__", "lambda: 0", "1 if 1 else 2", "f'{1}'"]
+)
+LITERALS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(TEXT, inner, max_size=3) | st.tuples(inner, inner),
+    max_leaves=20,
+)
+
+
+def refusal(function, *arguments, kind=UserError):
+    """(value, None) or (None, the message), which must be one line."""
+    try:
+        return function(*arguments), None
+    except kind as error:
+        assert str(error) and "\n" not in str(error)
+        return None, str(error)
+
+
+@EXAMPLES
+@given(LITERALS.map(repr) | LITERALS.map(str) | TEXT | CODE)
+@example("[" * 5000)
+@example("9" * 5000)
+def test_cells(text):
+    def read(text):
+        return parse_literal(text)
+
+    value, message = refusal(read, text, kind=(ValueError, RecursionError, MemoryError))
+    if message is None and text.strip():
+        try:
+            expected = json.loads(text)
+        except ValueError:
+            expected = ast.literal_eval(text.strip())
+        assert repr(value) == repr(expected)
+    assert not Path("/tmp/hole").exists()
+
+
+@EXAMPLES
+@given(LITERALS)
+def test_lists_of_keys(value):
+    found, message = refusal(as_keys, value, kind=ValueError)
+    keys = isinstance(value, (list, tuple)) and all(isinstance(key, (str, int)) for key in value)
+    assert (message is None) == (value is None or keys)
+    if keys:
+        assert found == (len(value), tuple(dict.fromkeys(map(str, value))))
+
+
+@EXAMPLES
+@given(st.integers(0, 7), LITERALS.map(repr) | TEXT | CODE)
+def test_rows(tmp_path_factory, column, cell):
+    data_dir = tmp_path_factory.mktemp("rows")
+    (data_dir / "csv").mkdir()
+    row = list(ROW)
+    row[column] = cell
+    write_csv(data_dir / "csv" / "train.csv", [ROW, row])
+    rows, message = refusal(read_rows, data_dir, "train", 400)
+    if message is None:
+        assert 1 <= rows.counts["used"] == len(rows.candidates) and sum(rows.counts.values()) == 2
+    else:
+        assert "train.csv" in message
+
+
+@EXAMPLES
+@given(TEXT | st.sampled_from(["../secret", "/etc/passwd", "..", "a/../../secret", "link", ".", "", "a\0b", "x" * 5000]))
+def test_keys_stay_in_the_folder(tmp_path_factory, key):
+    parent = tmp_path_factory.mktemp("keys")
+    folder = parent / "images"
+    folder.mkdir()
+    for path in (parent / "secret.png", folder / "inside.png"):
+        save_image(path, np.zeros((2, 2, 3), np.uint8))
+    (folder / "link.png").symlink_to(parent / "secret.png")
+    path, message = refusal(find_image, folder, key)
+    assert message is not None or path.resolve().is_relative_to(folder.resolve())
+
+
+def image_bytes(size, mode, kind):
+    with io.BytesIO() as file:
+        Image.new(mode, size).save(file, kind)
+        return file.getvalue()
+
+
+@EXAMPLES
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.sampled_from(["RGB", "RGBA", "L", "P", "1", "I;16"]),
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4),
+    st.integers(0, 10**6),
+)
+def test_image_bytes(tmp_path_factory, size, mode, changes, cut):
+    content = bytearray(image_bytes(size, mode, "PNG"))
+    for position, value in changes:
+        content[position % len(content)] = value
+    content = content[: len(content) - cut % len(content) if cut % 3 == 0 else None]
+    path = tmp_path_factory.mktemp("image") / "image.png"
+    path.write_bytes(content)
+    pixels, message = refusal(decode_image, path, 16)
+    assert pixels.shape == (3, 16, 16) if message is None else str(path) in message
+
+
+@EXAMPLES
+@given(
+    st.sampled_from(["learning_rate", "num_epochs", "seed", "warmup_ratio", "best_metric", "max_steps", "output_dir", "nothing"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+)
+def test_config_values(tmp_path_factory, name, value):
+    file = tmp_path_factory.mktemp("config") / "run.yaml"
+    file.write_text(json.dumps({name: value}), encoding="utf-8")  # JSON is YAML
+
+    def read(arguments):
+        try:
+            return train.read_config(arguments)
+        except SystemExit:  # argparse's own message, of one line
+            raise UserError("usage") from None
+
+    config, message = refusal(read, ["--config", str(file)])
+    if message is None and isinstance(getattr(config, name), float):
+        assert math.isfinite(getattr(config, name)) and getattr(config, name) >= 0
+
+
+def test_an_image_that_unpacks_to_too_much(tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(image_bytes((9000, 9000), "1", "PNG"))
+    with pytest.raises(UserError, match="the limit is 50,000,000"):
+        decode_image(path, 16)
+    assert path.stat().st_size < 100_000

@@ -1,0 +1,141 @@
+"""What a run leaves to read: log.jsonl, the tracker, the screen. A step is one line, and one point on the axis."""
+
+import json
+import math
+import os
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import wandb
+from accelerate.tracking import GeneralTracker
+
+
+def start_trackers(accelerator, config, state, datasets):
+    """log.jsonl and wandb, both beginning with the config, the versions, the git commit and the counts of the data.
+
+    A run that goes on is one run in both: what it had logged after its checkpoint is left out of log.jsonl, to come again.
+    """
+    facts = {
+        "config": asdict(config),
+        "processes": accelerator.num_processes,
+        "strategy": accelerator.distributed_type.value,
+        "mixed_precision": accelerator.mixed_precision,
+        "device": str(accelerator.device.type),
+        "data": {str(dataset.rows.path): dataset.rows.counts for dataset in datasets},
+        "versions": state.versions,
+        "git_commit": git_commit(),
+        "depends_on": state.depends_on,
+        "wandb_id": os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex(),
+    }
+    if accelerator.is_main_process:
+        facts = keep_lines(Path(config.output_dir) / "log.jsonl", state) or facts
+    offline = "WANDB_MODE" not in os.environ and accelerator.is_main_process and not wandb.login(prompt=False)
+    if offline:
+        accelerator.print(
+            f"wandb has no key here, so it logs offline; to upload: wandb sync {config.output_dir}/wandb/offline-run-*"
+        )
+    options = {"dir": config.output_dir, "mode": "offline" if offline else None, "settings": wandb.Settings(silent=offline)}
+    options |= {"id": facts["wandb_id"], "resume": "allow"}
+    accelerator.init_trackers(config.project, config=facts, init_kwargs={"wandb": options})
+
+
+def keep_lines(log, state):
+    """Leave only what `state` has behind it in log.jsonl, and return its first line, or None where nothing is left."""
+    if not log.exists():
+        return None
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines() if state.step > 0 else []:
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:  # of a process that was killed while it wrote
+            continue
+        if not kept or step < state.step + state.done:
+            kept.append(line)
+    unfinished = log.with_name(f".{log.name}-unfinished")
+    unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(unfinished, log)
+    return json.loads(kept[0]) if kept else None
+
+
+def git_commit():
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip() or None
+
+
+class JsonlTracker(GeneralTracker):
+    """log.jsonl: a JSON object a line, each with its `step`; the first one holds what `start_trackers` says of the run."""
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    @property
+    def tracker(self):
+        return self.path
+
+    def store_init_configuration(self, values):
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            self.log(values, step=0)
+
+    def log(self, values, step=None, **kwargs):
+        # JSON has no inf and no NaN; a gradient norm may be one where fp16 skips an update.
+        values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+
+
+def show(accelerator, progress, state, values):
+    """What was logged, on the screen of the main process: the loss beside the bar, an evaluation in a line of its own."""
+    if not accelerator.is_main_process or not values:
+        return
+    losses = f"loss {values['train/loss']:.4f}, {values['train/samples_per_second']:.0f} rows/s"
+    progress.set_postfix_str(losses)
+    if progress.disable:
+        progress.write(f"update {state.step:>6}  {losses}")
+    if state.step in state.evaluations:
+        progress.write(
+            f"update {state.step:>6}  " + "  ".join(f"{name} {values[name]:.4f}" for name in HEADLINES if name in values)
+        )
+
+
+HEADLINES = ("eval/loss", "eval/Recall@1", "eval/MRR@100", "rerank/Recall@1", "rerank/Recall@10", "rerank/MRR@100")
+
+
+def closing_table(state, config, global_batch_size, seconds):
+    """Updates, time, first, best and last metrics, and where everything is: str."""
+    first, best, last = 0, state.best_step, state.step
+    names = [name for name in HEADLINES if name in state.evaluations[last]]
+    lines = [
+        "",
+        f"{state.step} updates of {global_batch_size} rows in {seconds:.0f} s, evaluations included",
+        f"{'':<20}{'before':>12}{f'best, {best}':>14}{f'last, {last}':>14}",
+    ]
+    for name in names:
+        values = [state.evaluations[step].get(name, math.nan) if step is not None else math.nan for step in (first, best, last)]
+        lines.append(f"{name:<20}{values[0]:>12.4f}{values[1]:>14.4f}{values[2]:>14.4f}")
+    places = {
+        "best": f"the model of update {best}, best by {config.best_metric}",
+        f"checkpoints/step_{last:08d}": "the model after the last update",
+        "metric.csv": "every query of the last rerank evaluation",
+        "log.jsonl": "everything that was logged",
+    }
+    lines += [f"{f'{config.output_dir}/{place}':<36}  {what}" for place, what in places.items()]
+    return "\n".join(lines)
+
+
+def first_line(log):
+    """What `start_trackers` wrote into log.jsonl, or None."""
+    try:
+        with open(log, encoding="utf-8") as file:
+            return json.loads(file.readline())
+    except (OSError, ValueError):  # there is none, or the process was killed while it wrote it
+        return None
