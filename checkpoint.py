@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from pickle import UnpicklingError
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -136,10 +137,15 @@ def load_training_state(accelerator, checkpoint):
     """Optimizer and random states into what `accelerator` has prepared. Every process must call it.
 
     The model must have been built from `checkpoint` already; under DeepSpeed and FSDP2 its weights are loaded again, in parts.
+    Raises UserError for a file with something else than numbers in it, of which nothing is run (DeepSpeed's are not looked at).
     """
     hook = accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
-    accelerator.load_state(checkpoint / "training_state")
-    hook.remove()
+    try:
+        accelerator.load_state(checkpoint / "training_state")
+    except UnpicklingError:
+        raise UserError(f"{checkpoint}/training_state holds something else than numbers, and is not loaded") from None
+    finally:
+        hook.remove()
     accelerator.step = 0  # of micro-batches, only ever used modulo the accumulation, which may be another one now
 
 

@@ -326,7 +326,10 @@ def main():
             "DeepSpeed and FSDP2 divide what training needs; to evaluate launch with cpu, single_gpu or multi_gpu.yaml"
         )
     make_writable(config.output_dir)
-    model = load_model(config.model_dir)
+    try:
+        model = load_model(config.model_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_dir {config.model_dir}: {' '.join(str(error).split())}") from None
     eval_dataset, rerank_dataset = read_datasets(config, model.config, ("eval", "test_vocabulary"))
     model = accelerator.prepare_model(model, evaluation_mode=True)  # the device and the precision; nothing to synchronise
     values = evaluate(accelerator, model, eval_dataset, metrics.compute_metrics, config)

@@ -153,6 +153,19 @@ def make_writable(folder):
         raise UserError(f"--output_dir {folder}: cannot be written: {error.strerror}") from None
 
 
+def check_shared(accelerator, folder):
+    """See that every machine has the same folder: all processes write parts of a checkpoint. Raises UserError."""
+    mark = folder / ".shared"
+    if accelerator.is_main_process:
+        mark.touch()
+    accelerator.wait_for_everyone()
+    if not mark.exists():
+        raise UserError(f"--output_dir {folder.resolve()}: this machine does not see what the first writes; name a shared disk")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        mark.unlink()
+
+
 def finish(accelerator):
     """Close the trackers and leave the process group. Every process must call it."""
     # Without this barrier a launch now and then hangs at its end: to let go of the tensors of the last gather, a thread of gloo's
@@ -166,25 +179,9 @@ def errors_in_one_line():
     """End the program with one line for a UserError, and status 1, however many processes meet it."""
     try:
         yield
-    except Exception as error:
-        told_to_end = _stop.signal is not None
+    except UserError as error:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        if not isinstance(error, UserError):
-            # A process that lost another one: that one has said why, or was killed, and the launcher ends this one.
-            if not lost_a_process(error):
-                raise
-            if os.environ.get("RANK", "0") == "0":
-                print(
-                    "\nanother process ended, for the reason given above, or killed from outside (out of memory?). What was saved"
-                    " is safe, and the same command goes on from there",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            elif not told_to_end:
-                time.sleep(5)
-            sys.stdout.flush()
-            os._exit(1)
         # Process 0 has most likely the same to say; its end then ends the others before they repeat it. It waits a moment too,
         # for the reason given in `finish`.
         time.sleep(5 if os.environ.get("RANK", "0") != "0" else 0.5)
@@ -192,7 +189,15 @@ def errors_in_one_line():
         message = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
         print(f"\nerror: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-def lost_a_process(error):
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+            raise
+        # Another process is gone. It has said why, or was killed; the launcher ends those that are left, within 30 s.
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "\nanother process ended, for the reason given above or killed from outside (out of memory?); "
+                "what was saved is safe, and the same command goes on from there",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)

@@ -33,6 +33,7 @@ from data import TrainSampler, UserError, fingerprint, read_datasets, updates_pe
 from evaluate import collect_losses, maybe_log_save_evaluate
 from launch import (
     Stopped,
+    check_shared,
     describe_strategy,
     errors_in_one_line,
     finish,
@@ -316,6 +317,7 @@ def make_output_dir(accelerator, config):
         raise UserError(f"--resume {config.resume}: no checkpoint is there; name a folder like output/checkpoints/step_00000200")
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     make_writable(folder)
+    check_shared(accelerator, folder)
 
 
 def build_default_data(accelerator, config):

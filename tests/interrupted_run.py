@@ -1,7 +1,8 @@
 """train.py, interrupted from inside at an exact moment.
 
 AT: which function, its how-manieth call, and on which process: "flush 3 0". WHAT: KILL ends every process and the launcher at
-once, DIE this process only, TERM and INT ask the launcher to end, FULL is a disk that is full from then on.
+once, DIE this process only, ORPHAN the launcher only; TERM and INT ask the launcher to end; FULL is a disk that is full just
+then.
 """
 
 import errno
@@ -37,6 +38,9 @@ def interrupt():
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "DIE":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "ORPHAN":
+        launcher.kill()
+        launcher.wait()
     elif what == "FULL":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     else:

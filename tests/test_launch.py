@@ -2,10 +2,14 @@
 
 import re
 import subprocess
+from argparse import Namespace
 
 import pytest
 import yaml
 from conftest import REPOSITORY, launch, launch_environment, read_log, write_data
+
+from data import UserError
+from launch import check_shared
 
 CONFIGS = sorted((REPOSITORY / "accelerate_config").glob("*.yaml"))
 
@@ -43,6 +47,14 @@ def test_no_silent_fall_back(config, environment, message, tmp_path):
     options = {"config": config, "processes": 2, "mixed_precision": "no"}
     assert message in refused("train.py", "--output_dir", tmp_path / "output", **options, **environment)
     assert not (tmp_path / "output").exists()
+
+
+def test_machines_that_do_not_share_a_disk(tmp_path):
+    main, other = (Namespace(is_main_process=main, wait_for_everyone=lambda: None) for main in (True, False))
+    check_shared(main, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="name a shared disk"):
+        check_shared(other, tmp_path)
 
 
 def test_fp16_needs_a_gpu(tmp_path):

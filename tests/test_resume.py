@@ -4,13 +4,15 @@ import re
 import shutil
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import column, launch, read_log, write_data
 from safetensors.torch import load_file
 
 import train
-from checkpoint import newest_checkpoint
+from checkpoint import load_training_state, newest_checkpoint
 from data import UserError
 
 OPTIONS = ["--max_steps", 20, "--save_every", 4, "--eval_every", 7, "--log_every", 3, "--num_negatives", 3, "--num_workers", 1]
@@ -106,6 +108,32 @@ def test_one_process_that_dies_ends_the_others(start, tmp_path):
     died = float(re.search(r"interrupted at (\S+)", done.stdout)[1])
     assert done.returncode != 0 and time.time() - died < 60
     assert done.stdout.count("another process ended") == 1 and "Traceback" not in done.stdout.split("another process")[0]
+
+
+def test_processes_without_a_launcher_end(start, tmp_path):
+    """As after SIGUSR1 or SIGKILL to `accelerate launch`: they save, and end by themselves."""
+    done = start(tmp_path / "output", at="train_step 11 0", what="ORPHAN")  # returns once the last of them is gone
+    assert "stopped, as asked, after update 6" in done.stdout, done.stdout
+    assert newest_checkpoint(ALONE, tmp_path / "output" / "checkpoints").name == "step_00000006"
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it ran",)
+
+    accelerator = train.make_accelerator()
+    model = torch.nn.Linear(2, 2)
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    accelerator.save_state(tmp_path / "training_state")
+    load_training_state(accelerator, tmp_path)
+    torch.save(Code(), tmp_path / "training_state" / "random_states_0.pkl")
+    load_training_state(accelerator, tmp_path)  # accelerate leaves the random states as they are then
+    torch.save(Code(), tmp_path / "training_state" / "optimizer.bin")
+    with pytest.raises(UserError, match="holds something else than numbers"):
+        load_training_state(accelerator, tmp_path)
+    accelerator.free_memory()
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_a_disk_that_is_full(start, tmp_path):
