@@ -82,9 +82,10 @@ def launch(
     launch_flags=(),
     check=True,
     cwd=None,
+    wandb=False,
     **environment,
 ):
-    """`accelerate launch` of a script of the repository, as a user would.
+    """`accelerate launch` of a script of the repository, as a user would, but for wandb, whose service takes seconds to start.
 
     config: the name of one in accelerate_config, or a path. check: fail, with the output, unless it ends well.
     Returns the CompletedProcess, stdout and stderr in one text.
@@ -99,7 +100,7 @@ def launch(
     )
     done = subprocess.run(
         command,
-        env=launch_environment() | environment,
+        env=launch_environment() | ({} if wandb else {"WANDB_MODE": "disabled"}) | environment,
         cwd=cwd or REPOSITORY,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -124,7 +125,8 @@ def launch_command(script, *arguments, config="cpu", processes=None, mixed_preci
 def launch_environment():
     """This one without what would change a launch, and with the programs of this Python, ninja and accelerate among them."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "ACCELERATE", "OMP"))}
-    return kept | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return kept | {"PATH": path, "OMP_WAIT_POLICY": "PASSIVE"}  # two launches may share the cores
 
 
 def read_log(output_dir):

@@ -18,7 +18,7 @@ def test_the_default_run_learns(tmp_path):
         "accelerate_config/cpu.yaml",
         "train.py",
     ]
-    launch("train.py", config="cpu", cwd=tmp_path)
+    launch("train.py", config="cpu", cwd=tmp_path, wandb=True)
     first, lines = read_log(tmp_path / "output")
     assert first["data"]["default_data/csv/test_vocabulary.csv"] == {"used": 500, "no_candidates": 5, "too_many_candidates": 5}
     last = lines[-1]["step"]

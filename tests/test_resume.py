@@ -65,12 +65,11 @@ def assert_the_same_run(folder, uninterrupted, last=20):
 
 
 def test_interrupted_again_and_again(start, uninterrupted, tmp_path):
-    """Killed in the middle of an accumulation window, and in three moments of a save; asked to end in training, in an evaluation
-    and in a save: the run ends with the bits of the one that was not."""
+    """Killed in saves; asked to end in the middle of an accumulation window, in an evaluation and in a save: the run ends with
+    the bits of the one that was not interrupted."""
     folder = tmp_path / "output"
     interruptions = [
-        ("train_step 5 1", "KILL", None),  # update 3: before the first checkpoint
-        ("flush 3 0", "KILL", None),  # while best/ is saved
+        ("flush 3 0", "KILL", None),  # while best/ is saved, before the first checkpoint
         ("train_step 11 0", "TERM", [4, 6]),  # in the middle of update 6
         ("stop_if_asked 3 1", "INT", [4, 6, 7]),  # in the evaluation after update 7, which is to be done again
         ("flush 2 1", "KILL", None),  # in the save of update 8

@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 def run(data, folder, batch, processes=1, **options):
     arguments = ["--data_dir", data, "--output_dir", folder, *OPTIONS, "--per_device_batch_size", batch]
-    done = launch("tests/recorded_run.py", *arguments, processes=processes, RECORD=str(folder.parent), **options)
+    done = launch("tests/recorded_run.py", *arguments, processes=processes, RECORD=str(folder.parent), wandb=True, **options)
     records = [json.loads((folder.parent / f"{rank}.json").read_text()) for rank in range(processes)]
     return Namespace(folder=folder, text=done.stdout, log=read_log(folder), records=records)
 
