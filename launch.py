@@ -139,8 +139,9 @@ def stop_if_asked():
 
 def leave_signals_to_the_main_process(worker):
     """For DataLoader workers, which would else die of the signal before the process that needs their batches is done."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Not ignored: a Python process that ends sends SIGTERM to its workers, and waits until they are gone.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def make_writable(folder):
@@ -188,7 +189,8 @@ def errors_in_one_line():
         # A DataLoader worker's error comes with the worker's traceback; the message is its last line.
         message = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
         print(f"\nerror: {message}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.stdout.flush()
+        os._exit(1)  # not sys.exit, which would wait for DataLoader workers
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise

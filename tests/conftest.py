@@ -18,7 +18,15 @@ COLUMNS = ["search_word", "template_idx", "page_num", "x_image_path", "resourceK
 
 
 def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the tests marked long: every way of running, ten minutes more")
     parser.addoption("--write-table", action="store_true", help="write the README's table of test_parity.py anew")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not (config.getoption("--all") or config.getoption("--write-table")):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture

@@ -48,6 +48,8 @@ WAYS = {  # name in the README's table -> (config, what the log calls the strate
     "ZeRO-3, 2 machines × 1, accumulation 2": ("two_machines_zero3", "DEEPSPEED", 2, 2),
     "FSDP2 × 2": ("fsdp2", "FSDP", 2, 1),
 }
+SHORT = ("1 process", "DDP × 2", "ZeRO-3, 2 machines × 1, accumulation 2", "FSDP2 × 2")  # the others with --all
+EACH_WAY = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in WAYS])
 # What may differ from one process, at most. loss, learning_rate: relative, of any update; weights: the distance between the two
 # ends as a share of the way from the beginning; the others count what is not equal to the bit, or not there exactly once.
 BOUNDS = {"loss": 1e-5, "learning_rate": 0, "weights": 0.01}
@@ -186,14 +188,14 @@ def numbers_that_one_process_does_not_give_again(run):
     return sum(run.lines[-1].get(name) != value for name, value in values.items()) + (again != left)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@EACH_WAY
 def test_the_launch_is_the_one_that_was_asked_for(name, runs):
     _, strategy, processes, _ = WAYS[name]
     assert (runs[name].first["strategy"], runs[name].first["processes"]) == (strategy, processes)
     assert [line["step"] for line in runs[name].lines] == list(range(UPDATES + 1))
 
 
-@pytest.mark.parametrize("name", WAYS)
+@EACH_WAY
 def test_the_numbers_are_those_of_one_process(name, runs, data):
     found = differences(runs[name], runs["1 process"], data)
     assert found.keys() == BOUNDS.keys()
@@ -205,6 +207,7 @@ def test_clipping_is_tested(runs):
     assert min(norms) < 5 < max(norms)
 
 
+@pytest.mark.long
 def test_the_readme_has_the_table(runs, data, pytestconfig):
     """Figures below a bound vary with the processor, so they may differ; all else must be as it is measured here."""
     one = runs["1 process"]
@@ -242,7 +245,7 @@ def parity_table(found):
 # ---- transformers.Trainer itself
 
 
-@pytest.fixture(scope="module", params=["1 process", "DDP × 2"])
+@pytest.fixture(scope="module", params=["1 process", pytest.param("DDP × 2", marks=pytest.mark.long)])
 def with_trainer(request, runs, data, tmp_path_factory):
     """(our run, the one of tests/trainer_reference.py), launched with the same flags."""
     config, _, processes, accumulation = WAYS[request.param]

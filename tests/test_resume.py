@@ -91,6 +91,7 @@ def test_interrupted_again_and_again(start, uninterrupted, tmp_path):
     assert finished == {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", ["zero3", "fsdp2"])
 def test_every_strategy_goes_on(config, start, tmp_path):
     """Whose processes each hold a part of weights and optimizer."""
@@ -182,6 +183,7 @@ def test_going_on_with_another_number_of_processes(start, uninterrupted, tmp_pat
     assert column(read_log(folder)[1], "train/learning_rate") == column(read_log(uninterrupted)[1], "train/learning_rate")
 
 
+@pytest.mark.long
 def test_going_on_in_another_folder(start, uninterrupted, tmp_path):
     folder = tmp_path / "output"
     done = start(folder, "--resume", uninterrupted / "checkpoints" / "step_00000016")
