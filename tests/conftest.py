@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,15 @@ def launch(
     )
     assert not check or done.returncode == 0, done.stdout
     return done
+
+
+def refused(script, *arguments, **options):
+    """A launch that must fail with one line: the line, with no traceback before it."""
+    done = launch(script, *arguments, check=False, **options)
+    assert done.returncode != 0
+    (message,) = re.findall(r"^error: (.*)$", done.stdout, re.MULTILINE)  # once, on however many processes
+    assert "Traceback" not in done.stdout.split("error: ")[0]
+    return message
 
 
 def launch_command(script, *arguments, config="cpu", processes=None, mixed_precision=None, launch_flags=()):

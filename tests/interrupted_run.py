@@ -23,7 +23,7 @@ import evaluate
 import train
 from launch import errors_in_one_line
 
-PLACES = {"train_step": train, "rerank_scores": evaluate, "flush": checkpoint, "stop_if_asked": evaluate}
+PLACES = {"train_step": train, "flush": checkpoint, "stop_if_asked": evaluate}
 calls = 0
 
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 import yaml
-from conftest import REPOSITORY, launch, launch_environment, read_log, write_data
+from conftest import REPOSITORY, launch, launch_environment, read_log, refused, write_data
 
 from data import UserError
 from launch import check_shared
@@ -17,15 +17,6 @@ CONFIGS = sorted((REPOSITORY / "accelerate_config").glob("*.yaml"))
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("launch") / "data")
-
-
-def refused(script, *arguments, **options):
-    """A launch that must fail with one line: the line, with no traceback before it."""
-    done = launch(script, *arguments, check=False, **options)
-    assert done.returncode != 0
-    (message,) = re.findall(r"^error: (.*)$", done.stdout, re.MULTILINE)  # once, on however many processes
-    assert "Traceback" not in done.stdout.split("error: ")[0]
-    return message
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

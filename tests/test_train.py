@@ -11,7 +11,7 @@ import pandas
 import pytest
 import torch
 import torch.nn.functional as functional
-from conftest import REPOSITORY, column, launch, read_log, write_data
+from conftest import REPOSITORY, column, launch, read_log, refused, write_data
 from wandb.proto import wandb_internal_pb2
 
 import evaluate
@@ -189,17 +189,9 @@ def test_wandb_offline_holds_what_log_jsonl_holds(two):
 # ---- what goes wrong
 
 
-def refused(*arguments, **options):
-    """A launch that must fail with one line: the line, with no traceback before it."""
-    done = launch("train.py", *arguments, check=False, **options)
-    assert done.returncode != 0
-    (message,) = re.findall(r"^error: (.*)$", done.stdout, re.MULTILINE)  # once, on however many processes
-    assert "Traceback" not in done.stdout.split("error: ")[0]
-    return message
-
-
 def test_a_loss_that_is_not_finite(data, tmp_path):
     message = refused(
+        "train.py",
         *("--data_dir", data, "--output_dir", tmp_path / "output", *OPTIONS[:-1], 1e30, "--max_grad_norm", 0),
         *("--per_device_batch_size", 4),
         config="cpu_2_processes",
@@ -212,7 +204,7 @@ def test_a_loss_that_is_not_finite(data, tmp_path):
 def test_bad_data_is_one_line_on_two_processes(tmp_path):
     data = write_data(tmp_path / "data")
     (data / "elements" / "element_1.png").write_bytes(b"broken")
-    message = refused("--data_dir", data, "--output_dir", tmp_path / "output", config="cpu_2_processes")
+    message = refused("train.py", "--data_dir", data, "--output_dir", tmp_path / "output", config="cpu_2_processes")
     assert "element_1.png: cannot be read as an image" in message and "train.csv, row" in message
 
 
@@ -239,7 +231,7 @@ def test_a_worker_meets_a_broken_image(tmp_path, monkeypatch):
     ],
 )
 def test_one_line_before_any_training(data, tmp_path, arguments, message):
-    assert message in refused("--data_dir", data, "--output_dir", tmp_path / "output", *arguments)
+    assert message in refused("train.py", "--data_dir", data, "--output_dir", tmp_path / "output", *arguments)
     assert not list(tmp_path.glob("output/checkpoints/*"))
 
 
