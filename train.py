@@ -310,11 +310,11 @@ AT_LEAST = {
 def make_output_dir(accelerator, config):
     """Make the folder, and see that all can write to it and that --resume allows what is in it. Raises UserError."""
     folder = Path(config.output_dir)
+    if config.resume not in ("auto", "never") and not (Path(config.resume) / MANIFEST).is_file():
+        raise UserError(f"--resume {config.resume}: no checkpoint is there; name a folder like output/checkpoints/step_00000200")
     there = (folder / "log.jsonl").exists() and not Path(config.resume).resolve().is_relative_to(folder.resolve())
     if there and config.resume != "auto":
         raise UserError(f"--output_dir {folder} holds a run already: name another one, remove it, or leave --resume out")
-    if config.resume not in ("auto", "never") and not (Path(config.resume) / MANIFEST).is_file():
-        raise UserError(f"--resume {config.resume}: no checkpoint is there; name a folder like output/checkpoints/step_00000200")
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     make_writable(folder)
     check_shared(accelerator, folder)

@@ -115,7 +115,7 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=600,
     )
     assert not check or done.returncode == 0, done.stdout
     return done

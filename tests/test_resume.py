@@ -195,7 +195,7 @@ def test_going_on_in_another_folder(start, uninterrupted, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--per_device_batch_size", "16"], "global_batch_size was 8, is 32"),
+        (["--per_device_batch_size", "8"], "global_batch_size was 8, is 32"),
         (["--seed", "1", "--warmup_ratio", "0.5"], "warmup_ratio was 0.1, is 0.5; seed was 0, is 1"),
         (["--resume", "never"], "holds a run already"),
         (["--resume", "nowhere"], "--resume nowhere: no checkpoint is there"),
