@@ -38,7 +38,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 import metrics
 from checkpoint import TRAINING_CONFIG, save_checkpoint, save_model
-from data import UserError, full_batches, read_datasets
+from data import UserError, full_batches, read_datasets, whole
 from launch import errors_in_one_line, finish, leave_signals_to_the_main_process, make_accelerator, make_writable, stop_if_asked
 from model import load_model, rerank_scores
 
@@ -149,7 +149,7 @@ def get_eval_dataloader(accelerator, dataset, config):
         dataset,
         batch_size=config.per_device_eval_batch_size,
         sampler=full_batches(dataset.groups, config.per_device_eval_batch_size, accelerator.num_processes),
-        collate_fn=dataset.collate,
+        collate_fn=whole,
         num_workers=config.num_workers,
         worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else iterating draws from the state that dropout uses

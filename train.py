@@ -29,7 +29,7 @@ from transformers import HfArgumentParser
 
 import sample_data
 from checkpoint import MANIFEST, check_checkpoint, load_training_state, newest_checkpoint, read_checkpoint, save_checkpoint
-from data import TrainSampler, UserError, fingerprint, read_datasets, updates_per_epoch
+from data import TrainSampler, UserError, fingerprint, read_datasets, updates_per_epoch, whole
 from evaluate import collect_losses, maybe_log_save_evaluate
 from launch import (
     Stopped,
@@ -187,7 +187,7 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, eval_dat
         train_dataset,
         batch_size=config.per_device_batch_size,
         sampler=TrainSampler(len(train_dataset), global_batch_size, state.num_updates, config.seed, state.step),
-        collate_fn=train_dataset.collate,
+        collate_fn=whole,
         num_workers=config.num_workers,
         worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else iterating draws from the state that dropout uses, and a resumed run differs

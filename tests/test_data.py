@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import Key, TrainSampler, UserError, decode_image, full_batches, parse_literal, read_datasets, read_rows
+from data import Key, TrainSampler, UserError, decode_image, full_batches, parse_literal, read_datasets, read_rows, whole
 
 SIZES = Namespace(page_size=64, element_size=32)
 
@@ -245,8 +245,8 @@ def test_decoding_anew_gives_the_same_pixels(data_dir, monkeypatch):
     for one, other in zip(kept, read_all(data_dir), strict=True):
         assert one.pages.pixels is not None and other.pages.pixels is None
         for index in range(len(one)):
-            a, b = one[Key(index)], other[Key(index)]
-            assert all(torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])) for name in a)
+            a, b = (dataset.__getitems__([Key(index)]) for dataset in (one, other))
+            assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_row_is_its_relevant_element_and_drawn_others(data_dir):
@@ -255,7 +255,7 @@ def test_a_row_is_its_relevant_element_and_drawn_others(data_dir):
     for row in range(len(train)):
         listed = train.rows.candidates[row]
         relevant = train.rows.columns["resourceKey"][row]
-        item = train[Key(row, epoch=1)]
+        item = {name: values[0] for name, values in train.__getitems__([Key(row, epoch=1)]).items()}
         shown = [decode_image(train.rows.path.parent.parent / "elements" / f"{key}.png", 32) for key in keys]
         found = [next(key for key, image in zip(keys, shown, strict=True) if torch.equal(image, c)) for c in item["candidates"]]
         real = [key for key, there in zip(found, item["candidate_mask"], strict=True) if there]
@@ -265,7 +265,7 @@ def test_a_row_is_its_relevant_element_and_drawn_others(data_dir):
 
 def test_the_draw_depends_on_seed_epoch_and_row_alone(data_dir):
     def draws(dataset, epoch):
-        return torch.stack([dataset[Key(row, epoch)]["candidates"] for row in range(len(dataset))])
+        return dataset.__getitems__([Key(row, epoch) for row in range(len(dataset))])["candidates"]
 
     train, _, _ = read_all(data_dir)
     again, _, _ = read_all(data_dir)
@@ -280,7 +280,7 @@ def test_any_number_of_workers_gives_the_same_batches(data_dir):
 
     def batches(workers):
         sampler = TrainSampler(len(train), 8, 12, seed=5)
-        return list(DataLoader(train, batch_size=4, sampler=sampler, collate_fn=train.collate, num_workers=workers))
+        return list(DataLoader(train, batch_size=4, sampler=sampler, collate_fn=whole, num_workers=workers))
 
     expected = batches(0)
     for workers in (1, 3):
@@ -331,8 +331,8 @@ def test_rerank_items_are_the_distinct_images(data_dir):
     assert rerank.labels[0] == -1 and (rerank.labels[1:] == 0).all()
     assert (rerank.candidates[0] >= 0).sum() == 2  # a key that occurs twice counts once
     for row in range(len(rows)):
-        page = rerank[Key(int(rerank.queries[row]))]["images"]
+        page = rerank.__getitems__([Key(int(rerank.queries[row]))])["images"][0]
         assert torch.equal(page, decode_image(data_dir / "images" / f"{rows[row]['x_image_path']}.png", 64))
         for column, key in enumerate(rerank.rows.candidates[row]):
-            element = rerank[Key(int(rerank.candidates[row, column]))]["images"]
+            element = rerank.__getitems__([Key(int(rerank.candidates[row, column]))])["images"][0]
             assert torch.equal(element, decode_image(data_dir / "elements" / f"{key}.png", 32))

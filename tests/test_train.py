@@ -120,7 +120,7 @@ def test_the_shared_evaluation_by_brute_force(one, data):
     losses, hits = [], []
     with torch.no_grad():
         for row in range(len(dataset)):
-            item = dataset[Key(row)]
+            item = {name: values[0] for name, values in dataset.__getitems__([Key(row)]).items()}
             elements = model(images=item["candidates"][item["candidate_mask"]])["outputs"]
             scores = elements @ model(images=item["pages"][None])["outputs"][0]
             losses.append(functional.cross_entropy(scores * model.log_scale.exp(), torch.tensor(0)).item())
@@ -378,7 +378,7 @@ def test_filling_counts_for_nothing(data):
     for batch in (keys, [Key(row) for row in range(3)]):
         model.zero_grad()
         accelerator = Namespace(backward=lambda loss: loss.backward())
-        index, _, losses = train.train_step(accelerator, model, dataset.collate([dataset[key] for key in batch]))
+        index, _, losses = train.train_step(accelerator, model, dataset.__getitems__(batch))
         assert index.tolist()[:3] == [0, 1, 2] and losses.shape == (len(batch),)
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert gradients[0].allclose(gradients[1], atol=1e-6)

@@ -27,7 +27,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArguments
 
-from data import Key, TrainSampler, read_datasets, updates_per_epoch
+from data import Key, TrainSampler, read_datasets, updates_per_epoch, whole
 from launch import finish
 from metrics import compute_metrics
 from model import load_model
@@ -46,7 +46,7 @@ def main():
         rerank_dataset,
         model=model,
         args=training_arguments(config, num_updates),
-        data_collator=train_dataset.collate,
+        data_collator=whole,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         compute_metrics=compute_metrics,
