@@ -1,0 +1,72 @@
+"""What the benchmarks share: alternatives timed in turn in one run, peak memory, and a table of ratios."""
+
+import argparse
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+import torch
+
+
+def arguments(description):
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--small", action="store_true", help="little data and one round: to see that it works, not how fast")
+    parser.add_argument("--data_dir", type=Path, default=REPOSITORY / "default_data", help="built where it is absent")
+    return parser.parse_args()
+
+
+def in_turn(alternatives, rounds):
+    """{name: [seconds, one of each round]}: all once as a warm-up, then in turn, so that what else the machine does meets all.
+
+    alternatives: {name: function}, which returns the seconds that it took (float), or else is timed from call to return.
+    """
+    seconds = {name: [] for name in alternatives}
+    for number in range(-1, rounds):
+        for name, run in alternatives.items():
+            began = time.perf_counter()
+            took = run()
+            if number >= 0:
+                seconds[name].append(took if isinstance(took, float) else time.perf_counter() - began)
+    return seconds
+
+
+def ratio(seconds, name, other):
+    """How many times as long as `other` it takes: the median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+
+
+def peak_memory(run):
+    """Bytes that the process has at most, while `run` runs, above what it had before."""
+
+    def read(name):
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # sets the highest back to the present
+    before = read("VmRSS")
+    run()
+    return read("VmHWM") - before
+
+
+def machine():
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{processor[1].strip() if processor else platform.machine()}, {len(os.sched_getaffinity(0))} cores, {device}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"load {os.getloadavg()[0]:.1f}"
+    )
+
+
+def show_table(title, header, rows):
+    """A table for the README, of cells that are text."""
+    print(f"\n{title}\n({machine()})\n")
+    for cells in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(cells)} |")
+    print(flush=True)

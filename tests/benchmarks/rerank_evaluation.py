@@ -1,0 +1,176 @@
+"""The rerank evaluation: ours, the per-query loop of the Trainer reference with and without its cache, and the floor.
+
+    python tests/benchmarks/rerank_evaluation.py
+
+It launches itself on one process and on two. The floor sends each distinct image through the model once, from memory, at the best
+batch size, divided among the processes, and does nothing else. Then how time and memory of ours grow with the queries over the same
+pages and elements.
+"""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import measure
+import numpy as np
+import torch
+from conftest import launch_command, launch_environment, make_tiny_model, read_csv, write_csv, write_data
+from trainer_reference import RerankTrainer, training_arguments
+
+import evaluate
+import sample_data
+import train
+from data import Key, read_datasets, whole
+from launch import finish, make_accelerator
+from metrics import compute_metrics
+from model import load_model
+
+
+def main():
+    if "WORLD_SIZE" in os.environ or "ACCELERATE_USE_CPU" in os.environ:
+        return measure_here()
+    for config in ("cpu", "cpu_2_processes"):
+        command = launch_command("tests/benchmarks/rerank_evaluation.py", *sys.argv[1:], config=config)
+        subprocess.run(command, env=launch_environment(), check=True)
+
+
+def measure_here():
+    arguments = measure.arguments(__doc__)
+    with contextlib.redirect_stdout(io.StringIO()):
+        accelerator = make_accelerator()
+    folder = Path(tempfile.mkdtemp()) if accelerator.is_main_process else Path()
+    if accelerator.is_main_process:
+        if arguments.small:
+            write_data(folder / "little")
+            make_tiny_model(folder / "tiny")
+        elif not arguments.data_dir.exists():
+            sample_data.build(arguments.data_dir)
+    folders = [folder] * accelerator.num_processes
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(folders)
+    folder = folders[0]
+    data_dir = folder / "little" if arguments.small else arguments.data_dir
+    torch.manual_seed(0)
+    model = load_model(folder / "tiny" if arguments.small else None)
+
+    config = Namespace(output_dir=folder, per_device_eval_batch_size=64, num_workers=0, data_dir=data_dir, max_candidates=400)
+    dataset = read_datasets(config, model.config, ["test_vocabulary"])[0]
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    trainers = {
+        name: RerankTrainer(
+            dataset,
+            cache=cache,
+            model=model,
+            args=training_arguments(train.read_config(["--output_dir", str(folder)]), 1),
+            data_collator=whole,
+            eval_dataset=dataset,
+            compute_metrics=lambda prediction: compute_metrics(prediction),
+        )
+        for name, cache in (("Trainer reference", True), ("Trainer reference, no cache", False))
+    }
+    for trainer in trainers.values():
+        trainer.log = lambda values: None
+    alternatives = {"evaluate.py": lambda: ours(accelerator, model, dataset, config)}
+    alternatives |= {name: lambda trainer=trainer: quietly(trainer.rerank_evaluate) for name, trainer in trainers.items()}
+    batch_size = best_batch_size(accelerator, model, dataset)
+    alternatives["floor"] = lambda: floor(accelerator, model, dataset, batch_size)
+    results = [ours(accelerator, model, dataset, config), *(trainer.rerank_evaluate() for trainer in trainers.values())]
+    assert all(abs(a - b) < 1e-3 for r in results[1:] for a, b in zip(results[0].values(), r.values(), strict=True)), results
+
+    def together(run):
+        def timed():
+            accelerator.wait_for_everyone()
+            began = time.perf_counter()
+            run()
+            accelerator.wait_for_everyone()
+            return time.perf_counter() - began
+
+        return timed
+
+    rounds = 1 if arguments.small else 5
+    seconds = measure.in_turn({name: together(run) for name, run in alternatives.items()}, rounds)
+    rows = [
+        [name, f"{np.median(took):.2f}", f"{measure.ratio(seconds, name, 'floor'):.2f}"]
+        + [f"{measure.ratio(seconds, name, 'evaluate.py'):.2f}"]
+        for name, took in seconds.items()
+    ]
+    queries, inputs = dataset.candidates.shape[0], len(dataset)
+    if accelerator.is_main_process:
+        measure.show_table(
+            f"Rerank evaluation, {queries} queries, {inputs} distinct images, {accelerator.num_processes} process(es), "
+            f"floor at batches of {batch_size}",
+            ["", "s", "× floor", "× evaluate.py"],
+            rows,
+        )
+    if accelerator.num_processes == 1:
+        growth(accelerator, model, config, folder, (1, 5) if arguments.small else (1, 10, 100))
+    finish(accelerator)
+
+
+def quietly(run):
+    with contextlib.redirect_stdout(io.StringIO()):
+        run()
+
+
+def ours(accelerator, model, dataset, config):
+    return evaluate._rerank_evaluate(accelerator, model, dataset, compute_metrics, config)
+
+
+def floor(accelerator, model, dataset, batch_size):
+    """Seconds of the forward passes of this process's share of the distinct images, which are in memory."""
+    with evaluate.evaluation_mode(model):
+        share = slice(accelerator.process_index, None, accelerator.num_processes)
+        batches = []
+        for group in dataset.groups:
+            images = dataset.__getitems__([Key(index) for index in group])["images"][share]
+            batches += images.to(accelerator.device).split(batch_size)
+        accelerator.wait_for_everyone()
+        began = time.perf_counter()
+        for images in batches:
+            model(images=images)
+        accelerator.wait_for_everyone()
+        return time.perf_counter() - began
+
+
+def best_batch_size(accelerator, model, dataset):
+    seconds = {size: min(floor(accelerator, model, dataset, size) for _ in range(2)) for size in (16, 32, 64, 128)}
+    best = torch.tensor(min(seconds, key=seconds.get), device=accelerator.device)
+    return accelerator.gather(best[None])[0].item()  # the same on all
+
+
+def growth(accelerator, model, config, folder, factors):
+    """Ours on `factors` times the queries: every row of the CSV again, so that pages and elements are the same."""
+    rows = read_csv(Path(config.data_dir) / "csv" / "test_vocabulary.csv")
+    (folder / "more" / "csv").mkdir(parents=True)
+    for name in ("images", "elements"):
+        (folder / "more" / name).symlink_to(Path(config.data_dir).resolve() / name)
+    table, datasets = [], {}
+    for factor in factors:
+        write_csv(folder / "more" / "csv" / "test_vocabulary.csv", [list(row.values()) for row in rows] * factor, list(rows[0]))
+        more = Namespace(**vars(config) | {"data_dir": folder / "more"})
+        datasets[factor] = read_datasets(more, model.config, ["test_vocabulary"])[0]
+    memory = {
+        factor: measure.peak_memory(lambda dataset=dataset: ours(accelerator, model, dataset, config))
+        for factor, dataset in datasets.items()
+    }
+    runs = {factor: lambda dataset=dataset: ours(accelerator, model, dataset, config) for factor, dataset in datasets.items()}
+    seconds = measure.in_turn(runs, 2)
+    for factor, dataset in datasets.items():
+        (queries, width), inputs = dataset.candidates.shape, len(dataset)
+        predicted = inputs * model.config.embedding_size * 4 + queries * width * 12
+        table.append(
+            [f"{queries:,}", f"{queries * width:,}", f"{np.median(seconds[factor]):.2f}"]
+            + [f"{measure.ratio(seconds, factor, factors[0]):.2f}", f"{memory[factor] / 1e6:.0f}", f"{predicted / 1e6:.0f}"]
+        )
+    header = ["queries", "N × C", "s", "× the first", "peak MB above what was there", "MB of outputs, scores and indices"]
+    measure.show_table(f"Rerank evaluation of more queries over the same {inputs} images, 1 process", header, table)
+
+
+if __name__ == "__main__":
+    main()

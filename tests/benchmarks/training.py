@@ -1,0 +1,165 @@
+"""Training: train.py's loop, Trainer, and a bare loop, on the same model, rows and batches.
+
+    python tests/benchmarks/training.py
+
+The bare loop does the same arithmetic (forward, backward, clipping, learning rate, AdamW) and nothing else: no log, no checkpoint,
+no accelerate. It is run over the same DataLoader, and over batches that are in memory already, which is the floor.
+"""
+
+import contextlib
+import copy
+import io
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import measure
+import torch
+from conftest import make_tiny_model, write_data
+from torch.utils.data import DataLoader
+from trainer_reference import RerankTrainer, optimizer_and_scheduler, training_arguments
+from transformers import PrinterCallback, TrainerCallback
+
+import sample_data
+import train
+from data import TrainSampler, read_datasets, whole
+from metrics import compute_metrics
+from model import SMALL_BACKBONE, DualEncoder, DualEncoderConfig, load_model
+
+TENTH = SMALL_BACKBONE | {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
+
+
+def main():
+    arguments = measure.arguments(__doc__)
+    updates, rounds = (8, 1) if arguments.small else (60, 7)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        # Two rows to evaluate, which train() does before the first update and after the last; neither is counted.
+        little = write_data(folder / "little", train=64, evaluation=2, test=2)
+        data_dir = little if arguments.small else arguments.data_dir
+        if not data_dir.exists():
+            sample_data.build(data_dir)
+        config = train.read_config([f"--max_steps={updates}", "--eval_every=0", "--save_every=0"])
+        for title, model in (
+            {"tiny": load_model(make_tiny_model(folder / "tiny"))}.items() if arguments.small else models().items()
+        ):
+            train_dataset = read(data_dir, model, ["train"])[0]
+            work = Work(config, model, train_dataset, *read(little, model, ["eval", "test_vocabulary"]), folder)
+            alternatives = {
+                "train.py": work.ours,
+                "Trainer": work.trainer,
+                "bare loop, same DataLoader": work.bare,
+                "bare loop, batches in memory": work.bare_in_memory,
+            }
+            seconds = measure.in_turn(alternatives, rounds)  # of an update
+            floor = "bare loop, batches in memory"
+            rows = [
+                [
+                    name,
+                    f"{config.per_device_batch_size / statistics.median(took):.0f}",
+                    f"{1 / measure.ratio(seconds, name, 'Trainer'):.2f}",
+                    f"{1 / measure.ratio(seconds, name, floor):.2f}",
+                    f"{statistics.median(a - b for a, b in zip(took, seconds[floor], strict=True)) * 1000:.1f}",
+                ]
+                for name, took in seconds.items()
+            ]
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            measure.show_table(
+                f"Training, {title} model, {parameters:,} parameters, batches of {config.per_device_batch_size}",
+                ["", "rows/s", "× Trainer", "× floor", "ms an update above the floor"],
+                rows,
+            )
+
+
+def models():
+    torch.manual_seed(0)
+    # One level less deep and a quarter as wide: about a tenth of the parameters and of the arithmetic.
+    tenth = DualEncoderConfig(backbone_config=TENTH, feature_size=166, embedding_size=32)
+    return {"default": DualEncoder(DualEncoderConfig()), "ten times smaller": DualEncoder(tenth)}
+
+
+def read(data_dir, model, splits):
+    config = Namespace(data_dir=data_dir, max_candidates=400, num_negatives=7, seed=0)
+    return read_datasets(config, model.config, splits)
+
+
+class Work:
+    """Each method trains a copy of the model and returns the seconds of an update, without the first and the last few."""
+
+    def __init__(self, config, model, train_dataset, eval_dataset, rerank_dataset, folder):
+        self.config, self.model, self.folder = config, model, folder
+        self.datasets = (train_dataset, eval_dataset, rerank_dataset)
+        self.stamps = []
+
+    def per_update(self):
+        first, last = len(self.stamps) // 6, len(self.stamps) - 2
+        seconds = (self.stamps[last] - self.stamps[first]) / (last - first)
+        self.stamps.clear()
+        return seconds
+
+    def stamp(self, *_):
+        self.stamps.append(time.perf_counter())
+
+    def ours(self):
+        with tempfile.TemporaryDirectory(dir=self.folder) as output_dir, contextlib.redirect_stdout(io.StringIO()):
+            config = replace(self.config, output_dir=output_dir)
+            log = train.JsonlTracker(Path(output_dir) / "log.jsonl")
+            accelerator = train.make_accelerator(max_grad_norm=config.max_grad_norm, log_with=[log])
+            accelerator.init_trackers("benchmark", config={})
+            state = train.make_state(accelerator, config, self.datasets)
+            show, train.show = train.show, self.stamp  # what train() calls after each update
+            train.train(accelerator, config, copy.deepcopy(self.model), state, None, *self.datasets, compute_metrics)
+            train.show = show
+        return self.per_update()
+
+    def trainer(self):
+        with tempfile.TemporaryDirectory(dir=self.folder) as output_dir, contextlib.redirect_stdout(io.StringIO()):
+            config, model = replace(self.config, output_dir=output_dir), copy.deepcopy(self.model)
+            options = training_arguments(config, config.max_steps)
+            options.eval_on_start = False
+            trainer = RerankTrainer(
+                self.datasets[2],
+                model=model,
+                args=options,
+                data_collator=whole,
+                train_dataset=self.datasets[0],
+                eval_dataset=self.datasets[1],
+                compute_metrics=compute_metrics,
+                optimizers=optimizer_and_scheduler(config, model, config.max_steps),
+                preprocess_logits_for_metrics=lambda outputs, labels: outputs[1],
+                callbacks=[type("Stamp", (TrainerCallback,), {"on_step_end": lambda *_, **__: self.stamp()})()],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return self.per_update()
+
+    def bare(self):
+        config = self.config
+        sampler = TrainSampler(len(self.datasets[0]), config.per_device_batch_size, config.max_steps, config.seed)
+        return self.loop(DataLoader(self.datasets[0], config.per_device_batch_size, sampler=sampler, collate_fn=whole))
+
+    def bare_in_memory(self):
+        sampler = TrainSampler(len(self.datasets[0]), self.config.per_device_batch_size, self.config.max_steps, self.config.seed)
+        return self.loop(list(DataLoader(self.datasets[0], self.config.per_device_batch_size, sampler=sampler, collate_fn=whole)))
+
+    def loop(self, batches):
+        config, model = self.config, copy.deepcopy(self.model)
+        optimizer = torch.optim.AdamW(train.parameter_groups(model, config.weight_decay), lr=config.learning_rate, eps=1e-6)
+        model.train()
+        for step, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = train.learning_rate_at(step, config.max_steps, config)
+            batch = {name: values for name, values in batch.items() if name not in ("index", "weight")}
+            model(**batch)["losses"].mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.stamp()
+        return self.per_update()
+
+
+if __name__ == "__main__":
+    main()
