@@ -43,10 +43,11 @@ class Key(NamedTuple):
     weight: float = 1.0
 
 
-def read_datasets(config, image_sizes, splits):
+def read_datasets(config, model, splits):
     """The data sets of some CSVs, in the order of `splits`: a RerankDataset of test_vocabulary, a SharedDataset of the others.
 
-    config: needs data_dir, max_candidates, num_negatives, seed. image_sizes: needs page_size, element_size. Raises UserError.
+    config: needs data_dir, max_candidates, num_negatives, seed. model: says what its inputs must be, here by config.page_size
+    and config.element_size. Raises UserError.
     """
     read = [read_rows(config.data_dir, split, config.max_candidates) for split in splits]
     pages, elements = {}, {}  # key -> where it is asked for first
@@ -55,8 +56,8 @@ def read_datasets(config, image_sizes, splits):
             pages.setdefault(rows.columns["x_image_path"][row], (rows, row))
             for key in (rows.columns["resourceKey"][row], *keys):
                 elements.setdefault(key, (rows, row))
-    pages = Images(Path(config.data_dir) / "images", pages, image_sizes.page_size)
-    elements = Images(Path(config.data_dir) / "elements", elements, image_sizes.element_size)
+    pages = Images(Path(config.data_dir) / "images", pages, model.config.page_size)
+    elements = Images(Path(config.data_dir) / "elements", elements, model.config.element_size)
     return [
         RerankDataset(rows, pages, elements)
         if split == "test_vocabulary"

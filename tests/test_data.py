@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 import data
 from data import Key, TrainSampler, UserError, decode_image, full_batches, parse_literal, read_datasets, read_rows
 
-SIZES = Namespace(page_size=64, element_size=32)
+MODEL = Namespace(config=Namespace(page_size=64, element_size=32))
 
 
 def read_all(data_dir, **options):
     config = Namespace(**{"data_dir": data_dir, "max_candidates": 400, "num_negatives": 3, "seed": 0} | options)
-    return read_datasets(config, SIZES, ("train", "eval", "test_vocabulary"))
+    return read_datasets(config, MODEL, ("train", "eval", "test_vocabulary"))
 
 
 def change(data_dir, split, row, **cells):
