@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 COLUMNS = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info")
 CELL_LIMIT = 1_000_000  # characters
@@ -269,24 +269,15 @@ class SharedDataset(Dataset):
         candidates[1 : 1 + len(drawn)] = drawn
         return {
             "index": row if weight else -1,
-            "weight": weight,
-            "pages": self.pages.take([self.page[row]])[0],
-            "candidates": self.elements.take(candidates),
-            "candidate_mask": torch.arange(len(candidates)) <= len(drawn),
+            "weight": torch.tensor(weight),
+            "pages": self.pages.take([self.page[row]])[0],  # uint8 (3, H, W)
+            "candidates": self.elements.take(candidates),  # uint8 (1 + k, 3, h, w)
+            "candidate_mask": torch.arange(len(candidates)) <= len(drawn),  # (1 + k,)
             "labels": self.labels[row],
         }
 
-    @staticmethod
-    def collate(items):
-        """A batch: index int64 (B,), -1 for filling; weight float32 (B,); the rest is what the model's `forward` takes."""
-        return {
-            "index": torch.tensor([item["index"] for item in items]),  # (B,)
-            "weight": torch.tensor([item["weight"] for item in items], dtype=torch.float32),  # (B,)
-            "pages": torch.stack([item["pages"] for item in items]),  # (B, 3, H, W) uint8
-            "candidates": torch.stack([item["candidates"] for item in items]),  # (B, 1 + k, 3, h, w) uint8
-            "candidate_mask": torch.stack([item["candidate_mask"] for item in items]),  # (B, 1 + k)
-            "labels": torch.stack([item["labels"] for item in items]),  # (B,)
-        }
+    # A batch: index int64 (B,), -1 for filling; weight float32 (B,); the rest is what the model's `forward` takes.
+    collate = staticmethod(default_collate)
 
 
 class RerankDataset(Dataset):
@@ -327,13 +318,8 @@ class RerankDataset(Dataset):
             image = self.elements.take([self.element_inputs[index - first_element]])[0]
         return {"index": index if weight else -1, "images": image}
 
-    @staticmethod
-    def collate(items):
-        """A batch: index int64 (B,), -1 for filling; images uint8 (B, 3, H, W)."""
-        return {
-            "index": torch.tensor([item["index"] for item in items]),
-            "images": torch.stack([item["images"] for item in items]),
-        }
+    # A batch: index int64 (B,), -1 for filling; images uint8 (B, 3, H, W).
+    collate = staticmethod(default_collate)
 
 
 def index_candidates(rows, elements):
