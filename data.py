@@ -24,7 +24,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler, default_collate
 
-COLUMNS = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info")
+COPIED = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKey")  # columns that metric.csv repeats
+PARSED = ("candidate_resourceKey", "x_info", "y_info")  # columns of literals
 CELL_LIMIT = 1_000_000  # characters
 PIXEL_LIMIT = 50_000_000  # of one image: a small file can unpack to more than the memory holds
 CACHE_LIMIT = 2_000_000_000  # bytes of decoded images that a process keeps
@@ -97,10 +98,10 @@ def read_rows(data_dir, split, max_candidates):
     Cells are parsed as literals, never evaluated. Raises UserError.
     """
     path = Path(data_dir) / "csv" / f"{split}.csv"
-    rows = Rows(path, [], {name: [] for name in COLUMNS[:5]}, [], {"used": 0, "no_candidates": 0, "too_many_candidates": 0})
+    rows = Rows(path, [], {name: [] for name in COPIED}, [], {"used": 0, "no_candidates": 0, "too_many_candidates": 0})
     parsed = {}  # (column, text) -> value: lists come back with their search word, and parsing them is the slow part
-    for number, row in read_csv(path):
-        for name in ("candidate_resourceKey", "x_info", "y_info"):
+    for number, row in read_csv(path, COPIED + PARSED):
+        for name in PARSED:
             if (name, row[name]) not in parsed:
                 try:
                     value = parse_literal(row[name])
@@ -120,15 +121,15 @@ def read_rows(data_dir, split, max_candidates):
     return rows
 
 
-def read_csv(path):
-    """Yield (row number, {column: text}) of a UTF-8 CSV. Raises UserError."""
+def read_csv(path, columns):
+    """Yield (row number, {column: text}) of a UTF-8 CSV that has these columns. Raises UserError."""
     csv.field_size_limit(CELL_LIMIT)
     number = 1
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: with or without a byte-order mark
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
-            missing = [name for name in COLUMNS if name not in header]
+            missing = [name for name in columns if name not in header]
             if missing:
                 raise UserError(f"{path}: the columns {missing} are missing; it has {header}")
             for number, cells in enumerate(reader, start=2):
