@@ -6,7 +6,8 @@
 
 N rows, C candidates, B batch, E distinct images. Whatever can be wrong in a user's files is a UserError.
 
-EDIT HERE for another task: `read_rows` says what a row is, the two data sets what the model is given of it.
+EDIT HERE for another task, what a row is: `COPIED` and `PARSED` name its columns, and one class, `PagesAndElements`, says what
+the model is given of it.
 """
 
 import ast
@@ -47,34 +48,25 @@ class Key(NamedTuple):
 def read_datasets(config, model, splits):
     """The data sets of some CSVs, in the order of `splits`: a RerankDataset of test_vocabulary, a SharedDataset of the others.
 
-    config: needs data_dir, max_candidates, num_negatives, seed. model: says what its inputs must be, here by config.page_size
-    and config.element_size. Raises UserError.
+    config: needs data_dir, max_candidates, num_negatives, seed. model: says what its inputs must be. Raises UserError.
     """
     read = [read_rows(config.data_dir, split, config.max_candidates) for split in splits]
-    pages, elements = {}, {}  # key -> where it is asked for first
-    for rows in read:
-        for row, keys in enumerate(rows.candidates):
-            pages.setdefault(rows.columns["x_image_path"][row], (rows, row))
-            for key in (rows.columns["resourceKey"][row], *keys):
-                elements.setdefault(key, (rows, row))
-    pages = Images(Path(config.data_dir) / "images", pages, model.config.page_size)
-    elements = Images(Path(config.data_dir) / "elements", elements, model.config.element_size)
+    inputs = PagesAndElements(Path(config.data_dir), read, model)
     return [
-        RerankDataset(rows, pages, elements)
+        RerankDataset(rows, inputs)
         if split == "test_vocabulary"
-        else SharedDataset(rows, pages, elements, config.num_negatives, config.seed)
+        else SharedDataset(rows, inputs, config.num_negatives, config.seed)
         for split, rows in zip(splits, read, strict=True)
     ]
 
 
 def fingerprint(datasets):
-    """A hash of what the numbers depend on in the files: the CSVs, and the names and sizes of their images."""
+    """A hash of what the numbers depend on in the files: the CSVs, and what they name."""
     found = hashlib.blake2b(digest_size=16)
     for dataset in datasets:
         found.update(dataset.rows.path.read_bytes())
-    for images in (datasets[0].pages, datasets[0].elements):  # of all of them
-        for key, path in zip(images.index, images.paths, strict=True):
-            found.update(f"{key} {path.stat().st_size}\n".encode())
+    for part in datasets[0].inputs.contents():  # of all of them
+        found.update(part)
     return found.hexdigest()
 
 
@@ -175,6 +167,52 @@ def shorten(text):
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
+class PagesAndElements:
+    """What the model is given: images of pages and of elements. Each has a number: the elements from 0 on, then the pages.
+
+    data_dir: Path; read: list of Rows; model: needs config.page_size and config.element_size. Raises UserError.
+    """
+
+    def __init__(self, data_dir, read, model):
+        pages, elements = {}, {}  # key -> where it is asked for first
+        for rows in read:
+            for row, keys in enumerate(rows.candidates):
+                pages.setdefault(rows.columns["x_image_path"][row], (rows, row))
+                for key in (rows.columns["resourceKey"][row], *keys):
+                    elements.setdefault(key, (rows, row))
+        self.pages = Images(data_dir / "images", pages, model.config.page_size)
+        self.elements = Images(data_dir / "elements", elements, model.config.element_size)
+
+    def contents(self):
+        """Yield, as bytes, what tells these files from others: names and sizes, since to read all the images takes long."""
+        for images in (self.pages, self.elements):
+            for key, path in zip(images.index, images.paths, strict=True):
+                yield f"{key} {path.stat().st_size}\n".encode()
+
+    def number(self, rows):
+        """The inputs of each row: queries int64 (N,), relevant int64 (N,), candidates: a list of N int64 arrays."""
+        pages = [self.pages.index[name] for name in rows.columns["x_image_path"]]
+        relevant = [self.elements.index[key] for key in rows.columns["resourceKey"]]
+        return len(self.elements.index) + np.array(pages), np.array(relevant), index_candidates(rows, self.elements)
+
+    def take_row(self, query, candidates):
+        """What `forward` takes of a row: pages uint8 (3, H, W), candidates uint8 (C, 3, h, w)."""
+        return {"pages": self.image(query), "candidates": self.elements.take(candidates)}
+
+    def take(self, number):
+        """What `forward` takes of one input, in the rerank evaluation: images uint8 (3, H, W)."""
+        return {"images": self.image(number)}
+
+    def image(self, number):
+        first_page = len(self.elements.index)
+        return self.elements.take([number])[0] if number < first_page else self.pages.take([number - first_page])[0]
+
+    def groups(self, numbers):
+        """Which of these sorted inputs may share a batch, as ranges of positions: pages and elements differ in size."""
+        first_page = np.searchsorted(numbers, len(self.elements.index))
+        return [range(first_page), range(first_page, len(numbers))]
+
+
 class Images:
     """The distinct images of one folder, fitted into squares of `size` pixels.
 
@@ -246,21 +284,19 @@ def decode_image(path, size):
 
 
 class SharedDataset(Dataset):
-    """Training and the shared evaluation: a page, its relevant element, and k of its other candidates.
+    """Training and the shared evaluation: a query, its relevant candidate, and k of its others.
 
     The k are drawn from (seed, epoch, row), so the draw is the same in any process, worker or resumed run.
     """
 
-    def __init__(self, rows, pages, elements, num_negatives, seed):
-        self.rows, self.pages, self.elements, self.num_negatives, self.seed = rows, pages, elements, num_negatives, seed
-        self.page = np.array([pages.index[name] for name in rows.columns["x_image_path"]])  # (N,)
-        self.relevant = np.array([elements.index[key] for key in rows.columns["resourceKey"]])  # (N,)
-        self.candidates = index_candidates(rows, elements)
-        self.labels = torch.zeros(len(self), dtype=torch.int64)  # (N,): the relevant element is put first
+    def __init__(self, rows, inputs, num_negatives, seed):
+        self.rows, self.inputs, self.num_negatives, self.seed = rows, inputs, num_negatives, seed
+        self.queries, self.relevant, self.candidates = inputs.number(rows)
+        self.labels = torch.zeros(len(self), dtype=torch.int64)  # (N,): the relevant candidate is put first
         self.groups = [range(len(self))]
 
     def __len__(self):
-        return len(self.page)
+        return len(self.relevant)
 
     def __getitem__(self, key):
         row, epoch, weight = key
@@ -271,8 +307,7 @@ class SharedDataset(Dataset):
         return {
             "index": row if weight else -1,
             "weight": torch.tensor(weight),
-            "pages": self.pages.take([self.page[row]])[0],  # uint8 (3, H, W)
-            "candidates": self.elements.take(candidates),  # uint8 (1 + k, 3, h, w)
+            **self.inputs.take_row(self.queries[row], candidates),
             "candidate_mask": torch.arange(len(candidates)) <= len(drawn),  # (1 + k,)
             "labels": self.labels[row],
         }
@@ -282,44 +317,35 @@ class SharedDataset(Dataset):
 
 
 class RerankDataset(Dataset):
-    """The rerank evaluation: an item is a distinct input of the whole evaluation, here an image, so each is encoded once.
+    """The rerank evaluation: an item is a distinct input of the whole evaluation, so each goes through the model once.
 
-    groups: which inputs may share a batch; pages and elements differ in size.
+    groups: which inputs may share a batch.
     queries: int64 (N,), candidates: int64 (N, C) padded with -1, both as inputs; labels: int64 (N,), the column of the
     relevant candidate, -1 where it is missing.
     """
 
-    def __init__(self, rows, pages, elements):
-        self.rows, self.pages, self.elements = rows, pages, elements
-        lists = index_candidates(rows, elements)
-        page = np.array([pages.index[name] for name in rows.columns["x_image_path"]])  # (N,)
-        self.page_inputs = np.unique(page)
-        self.element_inputs = np.unique(np.concatenate(lists))
-        first_element = len(self.page_inputs)
-        self.groups = [range(first_element), range(first_element, len(self))]
+    def __init__(self, rows, inputs):
+        self.rows, self.inputs = rows, inputs
+        queries, _, lists = inputs.number(rows)
+        self.numbers = np.unique(np.concatenate([queries, *lists]))  # (M,)
+        self.groups = inputs.groups(self.numbers)
 
-        self.queries = torch.from_numpy(np.searchsorted(self.page_inputs, page))
+        self.queries = torch.from_numpy(np.searchsorted(self.numbers, queries))
         self.candidates = torch.full((len(rows.candidates), max(map(len, lists))), -1)
         self.labels = torch.full((len(rows.candidates),), -1)
         for row, keys in enumerate(rows.candidates):
-            inputs = first_element + np.searchsorted(self.element_inputs, lists[row])
-            self.candidates[row, : len(inputs)] = torch.from_numpy(inputs)
+            self.candidates[row, : len(keys)] = torch.from_numpy(np.searchsorted(self.numbers, lists[row]))
             if rows.columns["resourceKey"][row] in keys:
                 self.labels[row] = keys.index(rows.columns["resourceKey"][row])
 
     def __len__(self):
-        return len(self.page_inputs) + len(self.element_inputs)
+        return len(self.numbers)
 
     def __getitem__(self, key):
         index, _, weight = key
-        first_element = len(self.page_inputs)
-        if index < first_element:
-            image = self.pages.take([self.page_inputs[index]])[0]
-        else:
-            image = self.elements.take([self.element_inputs[index - first_element]])[0]
-        return {"index": index if weight else -1, "images": image}
+        return {"index": index if weight else -1, **self.inputs.take(self.numbers[index])}
 
-    # A batch: index int64 (B,), -1 for filling; images uint8 (B, 3, H, W).
+    # A batch: index int64 (B,), -1 for filling; the rest is what the model's `forward` takes.
     collate = staticmethod(default_collate)
 
 

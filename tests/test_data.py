@@ -242,7 +242,7 @@ def test_decoding_anew_gives_the_same_pixels(data_dir, monkeypatch):
     kept = read_all(data_dir)
     monkeypatch.setattr(data, "CACHE_LIMIT", 0)
     for one, other in zip(kept, read_all(data_dir), strict=True):
-        assert one.pages.pixels is not None and other.pages.pixels is None
+        assert one.inputs.pages.pixels is not None and other.inputs.pages.pixels is None
         for index in range(len(one)):
             a, b = one[Key(index)], other[Key(index)]
             assert all(torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])) for name in a)
@@ -250,7 +250,7 @@ def test_decoding_anew_gives_the_same_pixels(data_dir, monkeypatch):
 
 def test_a_row_is_its_relevant_element_and_drawn_others(data_dir):
     train, _, _ = read_all(data_dir)
-    keys = list(train.elements.index)
+    keys = list(train.inputs.elements.index)
     for row in range(len(train)):
         listed = train.rows.candidates[row]
         relevant = train.rows.columns["resourceKey"][row]

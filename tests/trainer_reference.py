@@ -187,7 +187,7 @@ class QueryDataset(Dataset):
     """One query an item, its page and all its candidates, over the rows of a RerankDataset."""
 
     def __init__(self, rerank_dataset):
-        self.rows, self.pages, self.elements = rerank_dataset.rows, rerank_dataset.pages, rerank_dataset.elements
+        self.rows, self.pages, self.elements = rerank_dataset.rows, rerank_dataset.inputs.pages, rerank_dataset.inputs.elements
 
     def __len__(self):
         return len(self.rows.candidates)
