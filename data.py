@@ -6,8 +6,8 @@
 
 N rows, C candidates, B batch, E distinct images. Whatever can be wrong in a user's files is a UserError.
 
-EDIT HERE for another task, what a row is: `COPIED` and `PARSED` name its columns, and one class, `PagesAndElements`, says what
-the model is given of it.
+EDIT HERE for another task, what a row is: `COPIED` and `PARSED` name its columns, and the class of `inputs`, in
+`read_datasets`, says what the model is given of it.
 """
 
 import ast
