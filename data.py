@@ -6,7 +6,8 @@
 
 N rows, C candidates, B batch, E distinct images. Whatever can be wrong in a user's files is a UserError.
 
-EDIT HERE for another task: `read_rows` says what a row is, the two data sets what the model is given of it.
+EDIT HERE for another task, what a row is: `COPIED` and `PARSED` name its columns, and the class of `inputs`, in
+`read_datasets`, says what the model is given of it.
 """
 
 import ast
@@ -29,7 +30,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
-COLUMNS = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info")
+COPIED = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKey")  # columns that metric.csv repeats
+PARSED = ("candidate_resourceKey", "x_info", "y_info")  # columns of literals
 CELL_LIMIT = 1_000_000  # characters
 PIXEL_LIMIT = 50_000_000  # of one image: a small file can unpack to more than the memory holds
 CACHE_LIMIT = 2_000_000_000  # bytes of decoded images that a process keeps
@@ -48,30 +50,28 @@ class Key(NamedTuple):
     weight: float = 1.0
 
 
-def read_datasets(config, image_sizes, splits):
+def read_datasets(config, model, splits):
     """The data sets of some CSVs, in the order of `splits`: a RerankDataset of test_vocabulary, a SharedDataset of the others.
 
-    config: needs data_dir, max_candidates, num_negatives, seed. image_sizes: needs page_size, element_size. Raises UserError.
+    config: needs data_dir, max_candidates, num_negatives, seed. model: says what its inputs must be. Raises UserError.
     """
     read = [read_rows(config.data_dir, split, config.max_candidates) for split in splits]
-    pages = Images(Path(config.data_dir) / "images", [(rows, rows.pages) for rows in read], image_sizes.page_size)
-    elements = Images(Path(config.data_dir) / "elements", [(rows, rows.keys) for rows in read], image_sizes.element_size)
+    inputs = PagesAndElements(Path(config.data_dir), read, model)
     return [
-        RerankDataset(rows, pages, elements)
+        RerankDataset(rows, inputs)
         if split == "test_vocabulary"
-        else SharedDataset(rows, pages, elements, config.num_negatives, config.seed)
+        else SharedDataset(rows, inputs, config.num_negatives, config.seed)
         for split, rows in zip(splits, read, strict=True)
     ]
 
 
 def fingerprint(datasets):
-    """A hash of what the numbers depend on in the files: the CSVs, and the names and sizes of their images."""
+    """A hash of what the numbers depend on in the files: the CSVs, and what they name."""
     found = hashlib.blake2b(digest_size=16)
     for dataset in datasets:
         found.update(dataset.rows.path.read_bytes())
-    for images in (datasets[0].pages, datasets[0].elements):  # of all of them
-        for key, path in zip(images.index, images.paths, strict=True):
-            found.update(f"{key} {os.stat(path).st_size}\n".encode())
+    for part in datasets[0].inputs.contents():  # of all of them
+        found.update(part)
     return found.hexdigest()
 
 
@@ -83,9 +83,8 @@ class Rows:
     path: Path
     numbers: np.ndarray  # int (N,) of the row in the file, as a spreadsheet shows it: the header is row 1
     columns: dict  # {name: list of N str}, those that metric.csv repeats
-    pages: dict  # {x_image_path: the first of the N rows that asks for it}, in this order
-    keys: dict  # {key, relevant or candidate: the first of the N rows that asks for it}, in this order
-    relevant: np.ndarray  # int32 (N,), as a place in `keys`
+    keys: dict  # {key, relevant or candidate: the first of the N rows that asks for it}, K of them, in this order
+    relevant: np.ndarray  # int32 (N,), as places in `keys`
     candidates: "Candidates"
     counts: dict  # {"used": N, "no_candidates": ..., "too_many_candidates": ...}
 
@@ -126,18 +125,19 @@ def read_rows(data_dir, split, max_candidates):
     Cells are parsed as literals, never evaluated. Raises UserError.
     """
     path = Path(data_dir) / "csv" / f"{split}.csv"
-    columns = {name: [] for name in COLUMNS[:5]}
-    pages, keys, lists, counts = {}, {}, {}, {"used": 0, "no_candidates": 0, "too_many_candidates": 0}
+    columns = {name: [] for name in COPIED}
+    keys, lists, counts = {}, {}, {"used": 0, "no_candidates": 0, "too_many_candidates": 0}
     place_of = {}  # key -> place in `keys`
     numbers, relevant, which, lengths, places = (array(kind) for kind in "qiiii")
-    for number, row in read_csv(path):
-        for name, parse in (("candidate_resourceKey", parse_keys), ("x_info", parse_literal), ("y_info", parse_literal)):
+    for number, row in read_csv(path, COPIED + PARSED):
+        for name in PARSED:
             try:
-                value = parse(row[name])
+                if name == "candidate_resourceKey":
+                    found, listed = parse_keys(row[name])
+                else:
+                    parse_literal(row[name])
             except (ValueError, RecursionError, MemoryError) as error:
                 raise UserError(f"{path}, row {number}, column {name}: {error} in {shorten(row[name])}") from None
-            if name == "candidate_resourceKey":
-                found, listed = value
         kind = "no_candidates" if found == 0 else "too_many_candidates" if found >= max_candidates else "used"
         counts[kind] += 1
         if kind != "used":
@@ -146,7 +146,6 @@ def read_rows(data_dir, split, max_candidates):
         numbers.append(number)
         for name, values in columns.items():
             values.append(sys.intern(row[name]))
-        pages.setdefault(row["x_image_path"], index)
         for key in (row["resourceKey"], *listed):
             if key not in place_of:
                 place_of[key] = len(place_of)
@@ -161,18 +160,18 @@ def read_rows(data_dir, split, max_candidates):
     if not numbers:
         raise UserError(f"{path}: no row is left to use: {counts}, where too many is {max_candidates} or more")
     numbers, relevant, which, lengths, places = map(np.asarray, (numbers, relevant, which, lengths, places))
-    return Rows(path, numbers, columns, pages, keys, relevant, Candidates(list(keys), which, lengths, places), counts)
+    return Rows(path, numbers, columns, keys, relevant, Candidates(list(keys), which, lengths, places), counts)
 
 
-def read_csv(path):
-    """Yield (row number, {column: text}) of a UTF-8 CSV. Raises UserError."""
+def read_csv(path, columns):
+    """Yield (row number, {column: text}) of a UTF-8 CSV that has these columns. Raises UserError."""
     csv.field_size_limit(CELL_LIMIT)
     number = 1
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: with or without a byte-order mark
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
-            missing = [name for name in COLUMNS if name not in header]
+            missing = [name for name in columns if name not in header]
             if missing:
                 raise UserError(f"{path}: the columns {missing} are missing; it has {header}")
             for number, cells in enumerate(reader, start=2):
@@ -224,10 +223,59 @@ def shorten(text):
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
+class PagesAndElements:
+    """What the model is given: images of pages, each the query of a row, and of elements, each a candidate.
+
+    data_dir: Path; read: list of Rows; model: needs config.page_size and config.element_size. Raises UserError.
+    """
+
+    def __init__(self, data_dir, read, model):
+        pages, elements = {}, {}  # key -> where it is asked for first
+        for rows in read:
+            for row, page in enumerate(rows.columns["x_image_path"]):
+                pages.setdefault(page, (rows, row))
+            for key, row in rows.keys.items():
+                elements.setdefault(key, (rows, row))
+        self.pages = Images(data_dir / "images", pages, model.config.page_size)
+        self.elements = Images(data_dir / "elements", elements, model.config.element_size)
+
+    def contents(self):
+        """Yield, as bytes, what tells these files from others: names and sizes, since to read all the images takes long."""
+        for images in (self.pages, self.elements):
+            for key, path in zip(images.index, images.paths, strict=True):
+                yield f"{key} {os.stat(path).st_size}\n".encode()
+
+    def number(self, rows):
+        """The query of each row, int64 (N,), and the candidate of each of rows.keys, int64 (K,), as numbers."""
+        queries = np.array([self.pages.index[name] for name in rows.columns["x_image_path"]])
+        return queries, np.array([self.elements.index[key] for key in rows.keys])
+
+    def take_rows(self, queries, candidates):
+        """What `forward` takes of queries (B,) with candidates (B, C): pages uint8 (B, 3, H, W), candidates (B, C, 3, h, w)."""
+        elements = self.elements.take(candidates.ravel())  # (B x C, 3, h, w)
+        return {"pages": self.pages.take(queries), "candidates": elements.unflatten(0, candidates.shape)}
+
+    def as_inputs(self, queries, candidates):
+        """The distinct inputs of the rerank evaluation are elements and pages: their numbers for queries (N,) and candidates
+        (N, C), the elements' from 0 on, and then the pages'."""
+        return len(self.elements.index) + queries, candidates
+
+    def groups(self, inputs):
+        """Which of these sorted inputs may share a batch, as ranges of positions: pages and elements differ in size."""
+        first_page = np.searchsorted(inputs, len(self.elements.index))
+        return [range(first_page), range(first_page, len(inputs))]
+
+    def take(self, inputs):
+        """What `forward` takes of inputs (B,) of one group: images uint8 (B, 3, H, W)."""
+        first_page = len(self.elements.index)
+        of_pages = inputs[0] >= first_page
+        return {"images": self.pages.take(inputs - first_page) if of_pages else self.elements.take(inputs)}
+
+
 class Images:
     """The distinct images of one folder, fitted into squares of `size` pixels.
 
-    asked: [(rows, {key: the first of the rows that asks for it})], the key being the file's name without .png.
+    asked: {key: (rows, index)}, the key being the file's name without .png, the rest where it is asked for, for messages.
 
     What fits is decoded here, once, and kept: no epoch and no evaluation decodes it again. Otherwise (above CACHE_LIMIT) files
     are only checked here, and decoded when asked for: give the DataLoader workers. Either way every image is looked at before
@@ -236,16 +284,12 @@ class Images:
 
     def __init__(self, folder, asked, size):
         self.size = size
-        first = {}  # key -> (rows, row)
-        for rows, keys in asked:
-            for key, row in keys.items():
-                first.setdefault(key, (rows, row))
-        self.index = {key: index for index, key in enumerate(first)}
+        self.index = {key: index for index, key in enumerate(asked)}
         self.paths, self.pixels = [], None
-        if len(first) * 3 * size * size <= CACHE_LIMIT:
-            self.pixels = np.empty((len(first), 3, size, size), dtype=np.uint8)  # (E, 3, size, size)
+        if len(asked) * 3 * size * size <= CACHE_LIMIT:
+            self.pixels = np.empty((len(asked), 3, size, size), dtype=np.uint8)  # (E, 3, size, size)
         root = os.path.realpath(folder)
-        for index, (key, (rows, row)) in enumerate(first.items()):
+        for index, (key, (rows, row)) in enumerate(asked.items()):
             try:
                 self.paths.append(find_image(root, key))
                 image = decode_image(self.paths[index], None if self.pixels is None else size)
@@ -301,82 +345,68 @@ def decode_image(path, size):
 
 
 class SharedDataset(Dataset):
-    """Training and the shared evaluation: a page, its relevant element, and k of its other candidates.
+    """Training and the shared evaluation: a query, its relevant candidate, and k of its others.
 
     The k are drawn from (seed, epoch, row), so the draw is the same in any process, worker or resumed run.
     """
 
-    def __init__(self, rows, pages, elements, num_negatives, seed):
-        self.rows, self.pages, self.elements, self.num_negatives, self.seed = rows, pages, elements, num_negatives, seed
-        self.page = np.array([pages.index[name] for name in rows.columns["x_image_path"]])  # (N,)
-        self.element = np.array([elements.index[key] for key in rows.keys])  # place in rows.keys -> index in elements
-        self.labels = torch.zeros(len(self), dtype=torch.int64)  # (N,): the relevant element is put first
+    def __init__(self, rows, inputs, num_negatives, seed):
+        self.rows, self.inputs, self.num_negatives, self.seed = rows, inputs, num_negatives, seed
+        self.queries, self.candidates = inputs.number(rows)  # (N,), (K,)
+        self.labels = torch.zeros(len(self), dtype=torch.int64)  # (N,): the relevant candidate is put first
         self.groups = [range(len(self))]
 
     def __len__(self):
-        return len(self.page)
+        return len(self.queries)
 
     def __getitems__(self, keys):
         """A batch, made whole, since a call for each row would cost more than the rows: index int64 (B,), -1 for filling; weight
         float32 (B,); the rest is what the model's `forward` takes."""
-        width = 1 + self.num_negatives
-        places = np.empty((len(keys), width), dtype=np.int64)  # (B, 1 + k)
-        drawn = np.empty(len(keys), dtype=np.int64)  # (B,)
+        rows, _, weights = map(list, zip(*keys, strict=True))
+        places = np.empty((len(keys), 1 + self.num_negatives), dtype=np.int64)  # (B, 1 + k)
+        candidate_mask = np.zeros(places.shape, dtype=bool)  # (B, 1 + k)
         for i, (row, epoch, _) in enumerate(keys):
             relevant, listed = self.rows.relevant[row], self.rows.candidates.places_of(row)
-            others = np.random.default_rng((self.seed, epoch, row)).permutation(listed[listed != relevant])[: self.num_negatives]
-            drawn[i] = len(others)
+            drawn = np.random.default_rng((self.seed, epoch, row)).permutation(listed[listed != relevant])[: self.num_negatives]
             places[i] = relevant  # a short list is padded, and the padding masked
-            places[i, 1 : 1 + len(others)] = others
-        rows, _, weights = zip(*keys, strict=True)
+            places[i, 1 : 1 + len(drawn)] = drawn
+            candidate_mask[i, : 1 + len(drawn)] = True
         return {
             "index": torch.tensor([row if weight else -1 for row, weight in zip(rows, weights, strict=True)]),  # (B,)
             "weight": torch.tensor(weights, dtype=torch.float32),  # (B,)
-            "pages": self.pages.take(self.page[list(rows)]),  # (B, 3, H, W) uint8
-            "candidates": self.elements.take(self.element[places.ravel()]).unflatten(
-                0, places.shape
-            ),  # (B, 1 + k, 3, h, w) uint8
-            "candidate_mask": torch.from_numpy(np.arange(width) <= drawn[:, None]),  # (B, 1 + k)
-            "labels": self.labels[list(rows)],  # (B,)
+            **self.inputs.take_rows(self.queries[rows], self.candidates[places]),
+            "candidate_mask": torch.from_numpy(candidate_mask),  # (B, 1 + k)
+            "labels": self.labels[rows],  # (B,)
         }
 
 
 class RerankDataset(Dataset):
-    """The rerank evaluation: an item is a distinct input of the whole evaluation, here an image, so each is encoded once.
+    """The rerank evaluation: an item is a distinct input of the whole evaluation, so each goes through the model once.
 
-    groups: which inputs may share a batch; pages and elements differ in size.
+    groups: which inputs may share a batch.
     queries: int64 (N,), candidates: int64 (N, C) padded with -1, both as inputs; labels: int64 (N,), the column of the
     relevant candidate, -1 where it is missing.
     """
 
-    def __init__(self, rows, pages, elements):
-        self.rows, self.pages, self.elements = rows, pages, elements
-        page = np.array([pages.index[name] for name in rows.columns["x_image_path"]])  # (N,)
-        element = np.array([elements.index[key] for key in rows.keys])  # place in rows.keys -> index in elements
-        self.page_inputs = np.unique(page)
-        self.element_inputs = np.unique(element[rows.candidates.places])
-        first_element = len(self.page_inputs)
-        self.groups = [range(first_element), range(first_element, len(self))]
-
+    def __init__(self, rows, inputs):
+        self.rows, self.inputs = rows, inputs
+        queries, numbers = inputs.number(rows)  # (N,), (K,)
         places = rows.candidates.padded()  # (N, C)
-        inputs = first_element + np.searchsorted(self.element_inputs, element)  # place in rows.keys -> input, if a candidate
-        self.queries = torch.from_numpy(np.searchsorted(self.page_inputs, page))
-        self.candidates = torch.from_numpy(np.where(places < 0, -1, inputs[places]))
+        queries, candidates = inputs.as_inputs(queries, numbers[places])  # (N,), (N, C)
+        self.numbers = np.unique(np.concatenate([queries, candidates[places >= 0]]))  # (M,)
+        self.groups = inputs.groups(self.numbers)
+        self.queries = torch.from_numpy(np.searchsorted(self.numbers, queries))
+        self.candidates = torch.from_numpy(np.where(places >= 0, np.searchsorted(self.numbers, candidates), -1))
         relevant = places == rows.relevant[:, None]  # (N, C)
         self.labels = torch.from_numpy(np.where(relevant.any(1), relevant.argmax(1), -1))
 
     def __len__(self):
-        return len(self.page_inputs) + len(self.element_inputs)
+        return len(self.numbers)
 
     def __getitems__(self, keys):
-        """A batch, of one group: index int64 (B,), -1 for filling; images uint8 (B, 3, H, W)."""
-        inputs = np.array([key.index for key in keys])  # (B,)
-        first_element = len(self.page_inputs)
-        if inputs[0] < first_element:
-            images = self.pages.take(self.page_inputs[inputs])
-        else:
-            images = self.elements.take(self.element_inputs[inputs - first_element])
-        return {"index": torch.tensor([key.index if key.weight else -1 for key in keys]), "images": images}
+        """A batch, of one group: index int64 (B,), -1 for filling; the rest is what the model's `forward` takes."""
+        index = torch.tensor([key.index if key.weight else -1 for key in keys])  # (B,)
+        return {"index": index, **self.inputs.take(self.numbers[[key.index for key in keys]])}
 
 
 def whole(batch):

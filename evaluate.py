@@ -330,7 +330,7 @@ def main():
         model = load_model(config.model_dir)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_dir {config.model_dir}: {' '.join(str(error).split())}") from None
-    eval_dataset, rerank_dataset = read_datasets(config, model.config, ("eval", "test_vocabulary"))
+    eval_dataset, rerank_dataset = read_datasets(config, model, ("eval", "test_vocabulary"))
     model = accelerator.prepare_model(model, evaluation_mode=True)  # the device and the precision; nothing to synchronise
     values = evaluate(accelerator, model, eval_dataset, metrics.compute_metrics, config)
     values |= _rerank_evaluate(accelerator, model, rerank_dataset, metrics.compute_metrics, config)

@@ -155,7 +155,7 @@ def main():
         model = load_model(config.model_name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {config.model_name_or_path}: {' '.join(str(error).split())}") from None
-    datasets = read_datasets(config, model.config, ("train", "eval", "test_vocabulary"))
+    datasets = read_datasets(config, model, ("train", "eval", "test_vocabulary"))
     state = make_state(accelerator, config, datasets)
     checkpoint = find_checkpoint(accelerator, config, state)
     if state.step == state.num_updates:

@@ -26,7 +26,7 @@ from metrics import compute_metrics
 def main():
     config = train.read_config(sys.argv[1:])
     accelerator = make_accelerator(max_grad_norm=config.max_grad_norm)
-    datasets = read_datasets(config, train.load_model(None).config, ("train", "eval", "test_vocabulary"))
+    datasets = read_datasets(config, train.load_model(None), ("train", "eval", "test_vocabulary"))
     for fault in json.loads(os.environ["FAULTS"]):
         folder = Path(os.environ["FOLDER"], fault)
         os.environ["RECORD"] = str(folder)

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 import data
 from data import Key, TrainSampler, UserError, decode_image, full_batches, parse_literal, read_datasets, read_rows, whole
 
-SIZES = Namespace(page_size=64, element_size=32)
+MODEL = Namespace(config=Namespace(page_size=64, element_size=32))
 
 
 def read_all(data_dir, **options):
     config = Namespace(**{"data_dir": data_dir, "max_candidates": 400, "num_negatives": 3, "seed": 0} | options)
-    return read_datasets(config, SIZES, ("train", "eval", "test_vocabulary"))
+    return read_datasets(config, MODEL, ("train", "eval", "test_vocabulary"))
 
 
 def change(data_dir, split, row, **cells):
@@ -243,7 +243,7 @@ def test_decoding_anew_gives_the_same_pixels(data_dir, monkeypatch):
     kept = read_all(data_dir)
     monkeypatch.setattr(data, "CACHE_LIMIT", 0)
     for one, other in zip(kept, read_all(data_dir), strict=True):
-        assert one.pages.pixels is not None and other.pages.pixels is None
+        assert one.inputs.pages.pixels is not None and other.inputs.pages.pixels is None
         for index in range(len(one)):
             a, b = (dataset.__getitems__([Key(index)]) for dataset in (one, other))
             assert all(torch.equal(a[name], b[name]) for name in a)
@@ -251,7 +251,7 @@ def test_decoding_anew_gives_the_same_pixels(data_dir, monkeypatch):
 
 def test_a_row_is_its_relevant_element_and_drawn_others(data_dir):
     train, _, _ = read_all(data_dir)
-    keys = list(train.elements.index)
+    keys = list(train.inputs.elements.index)
     for row in range(len(train)):
         listed = train.rows.candidates[row]
         relevant = train.rows.columns["resourceKey"][row]

@@ -170,7 +170,7 @@ def rows_not_trained_once(run):
 def inputs_not_encoded_once(run, data):
     """Of the two evaluations of a run, each over the rows of eval.csv and the distinct images of test_vocabulary.csv."""
     config = Namespace(**run.first["config"] | {"data_dir": data})
-    rerank = read_datasets(config, DualEncoder.config_class(), ("eval", "test_vocabulary"))[1]
+    rerank = read_datasets(config, train.load_model(None), ("eval", "test_vocabulary"))[1]
     times = Counter(index for record in run.records for batch in record["predicted"] for index in batch if index >= 0)
     return sum(times[index] != 2 * (1 + (index < ROWS["eval"])) for index in range(len(rerank))) + (len(times) != len(rerank))
 
@@ -180,7 +180,7 @@ def numbers_that_one_process_does_not_give_again(run):
     config = json.loads((run.model_dir / "training_config.json").read_text())
     config = Namespace(**config | {"output_dir": run.folder})
     model = DualEncoder.from_pretrained(run.model_dir)
-    shared, rerank = read_datasets(config, model.config, ("eval", "test_vocabulary"))
+    shared, rerank = read_datasets(config, model, ("eval", "test_vocabulary"))
     accelerator = evaluate.make_accelerator()
     values = evaluate.evaluate(accelerator, model, shared, metrics.compute_metrics, config)
     values |= evaluate._rerank_evaluate(accelerator, model, rerank, metrics.compute_metrics, config)

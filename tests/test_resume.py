@@ -207,7 +207,7 @@ def test_a_folder_of_another_run_is_refused(arguments, message, uninterrupted, d
     config = train.read_config([*map(str, options), "--gradient_accumulation_steps", "4", *arguments])
     accelerator = train.make_accelerator()
     model = train.load_model(tiny_model)
-    datasets = train.read_datasets(config, model.config, ("train", "eval", "test_vocabulary"))
+    datasets = train.read_datasets(config, model, ("train", "eval", "test_vocabulary"))
     with pytest.raises(UserError, match=message):
         train.make_output_dir(accelerator, config)
         train.find_checkpoint(accelerator, config, train.make_state(accelerator, config, datasets))

@@ -22,7 +22,7 @@ from model import DualEncoder, DualEncoderConfig
 OPTIONS = ["--num_epochs", 2, "--log_every", 2, "--eval_every", 6, "--save_every", 5, "--num_negatives", 3]
 # At the default rate rounding differences grow tenfold an update on noise, and would hide what a test is to see.
 OPTIONS += ["--per_device_eval_batch_size", 4, "--learning_rate", 1e-4]
-SIZES = DualEncoderConfig()  # of the images that the default model takes
+MODEL = Namespace(config=DualEncoderConfig())  # what the data sets ask of the default model
 UPDATES = 12  # 41 rows in global batches of 8: 6 an epoch, the last one with a single row
 
 
@@ -115,7 +115,7 @@ def test_evaluate_gives_the_numbers_of_training(two, data, tmp_path):
 
 def test_the_shared_evaluation_by_brute_force(one, data):
     config = Namespace(data_dir=data, max_candidates=400, num_negatives=3, seed=0)
-    dataset, _ = read_datasets(config, SIZES, ("eval", "test_vocabulary"))
+    dataset, _ = read_datasets(config, MODEL, ("eval", "test_vocabulary"))
     model = DualEncoder.from_pretrained(one.folder / "checkpoints" / "step_00000012").eval()
     losses, hits = [], []
     with torch.no_grad():
@@ -146,8 +146,8 @@ def test_metric_csv(one, data):
         ordered = json.loads(row["sorted_candidate_resourcekey"])
         assert json.loads(row["sorted_score"]) == sorted(scores, reverse=True) and sorted(ordered) == sorted(keys)
         assert ordered[int(row["rank"]) - 1] == row["resourceKey"]
-        page = decode_image(data / "images" / f"{row['x_image_path']}.png", SIZES.page_size)
-        elements = torch.stack([decode_image(data / "elements" / f"{key}.png", SIZES.element_size) for key in keys])
+        page = decode_image(data / "images" / f"{row['x_image_path']}.png", MODEL.config.page_size)
+        elements = torch.stack([decode_image(data / "elements" / f"{key}.png", MODEL.config.element_size) for key in keys])
         with torch.no_grad():
             cosines = model(images=elements)["outputs"] @ model(images=page[None])["outputs"][0]
         assert np.allclose(cosines, scores, atol=1e-6)
@@ -327,7 +327,7 @@ def evaluated(data, compute_metrics, tmp_path, model=None):
         output_dir=tmp_path,
     )
     accelerator = evaluate.make_accelerator()
-    shared, rerank = read_datasets(config, SIZES, ("eval", "test_vocabulary"))
+    shared, rerank = read_datasets(config, MODEL, ("eval", "test_vocabulary"))
     model = model or train.load_model(None)
     values = evaluate.evaluate(accelerator, model, shared, compute_metrics, config)
     return values | evaluate._rerank_evaluate(accelerator, model, rerank, compute_metrics, config)
@@ -371,7 +371,7 @@ def test_rows_that_are_missing_or_there_twice_are_an_error():
 
 def test_filling_counts_for_nothing(data):
     """A last batch of three rows, filled up to eight: the gradient is that of the mean over the three."""
-    dataset, _ = read_datasets(Namespace(data_dir=data, max_candidates=400, num_negatives=3, seed=0), SIZES, ("train", "eval"))
+    dataset, _ = read_datasets(Namespace(data_dir=data, max_candidates=400, num_negatives=3, seed=0), MODEL, ("train", "eval"))
     keys = [Key(row, 0, 8 / 3) for row in range(3)] + [Key(0, 0, 0.0)] * 5
     model = train.load_model(None)
     gradients = []

@@ -38,7 +38,7 @@ def main():
     config = read_config(sys.argv[1:])
     set_seed(config.seed)  # Trainer seeds only when it is built, and by then the model has its weights
     model = load_model(config.model_name_or_path)
-    train_dataset, eval_dataset, rerank_dataset = read_datasets(config, model.config, ("train", "eval", "test_vocabulary"))
+    train_dataset, eval_dataset, rerank_dataset = read_datasets(config, model, ("train", "eval", "test_vocabulary"))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     global_batch_size = config.per_device_batch_size * processes * config.gradient_accumulation_steps
     num_updates = config.max_steps or config.num_epochs * updates_per_epoch(len(train_dataset), global_batch_size)
@@ -187,7 +187,7 @@ class QueryDataset(Dataset):
     """One query an item, its page and all its candidates, over the rows of a RerankDataset."""
 
     def __init__(self, rerank_dataset):
-        self.rows, self.pages, self.elements = rerank_dataset.rows, rerank_dataset.pages, rerank_dataset.elements
+        self.rows, self.pages, self.elements = rerank_dataset.rows, rerank_dataset.inputs.pages, rerank_dataset.inputs.elements
 
     def __len__(self):
         return len(self.rows.candidates)

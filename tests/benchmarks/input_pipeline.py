@@ -1,4 +1,4 @@
-"""The input pipeline: images a second that the training DataLoader delivers, by number of workers, against what the model takes in.
+"""The input pipeline: images a second that the training DataLoader delivers, by workers, and that the model takes in.
 
     python tests/benchmarks/input_pipeline.py
 
@@ -37,7 +37,7 @@ def main():
         alternatives = {}
         for kind, limit in (("kept decoded", data.CACHE_LIMIT), ("decoded at every use", 0)):
             data.CACHE_LIMIT = limit
-            dataset = read_datasets(config, model.config, ["train"])[0]
+            dataset = read_datasets(config, model, ["train"])[0]
             for workers in (0, 1, 2, 4):
                 alternatives[f"{kind}, {workers} workers"] = lambda dataset=dataset, workers=workers: deliver(
                     dataset, workers, batches

@@ -34,7 +34,7 @@ def main():
 
                     def read(config=config, split=split, took=took):
                         began = time.perf_counter()
-                        read_datasets(config, Namespace(page_size=16, element_size=16), [split])
+                        read_datasets(config, Namespace(config=Namespace(page_size=16, element_size=16)), [split])
                         took.append(time.perf_counter() - began)
 
                     memory = measure.peak_memory(read)

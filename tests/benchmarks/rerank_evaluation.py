@@ -60,7 +60,7 @@ def measure_here():
     model = load_model(folder / "tiny" if arguments.small else None)
 
     config = Namespace(output_dir=folder, per_device_eval_batch_size=64, num_workers=0, data_dir=data_dir, max_candidates=400)
-    dataset = read_datasets(config, model.config, ["test_vocabulary"])[0]
+    dataset = read_datasets(config, model, ["test_vocabulary"])[0]
     model = accelerator.prepare_model(model, evaluation_mode=True)
     trainers = {
         name: RerankTrainer(
@@ -154,7 +154,7 @@ def growth(accelerator, model, config, folder, factors):
     for factor in factors:
         write_csv(folder / "more" / "csv" / "test_vocabulary.csv", [list(row.values()) for row in rows] * factor, list(rows[0]))
         more = Namespace(**vars(config) | {"data_dir": folder / "more"})
-        datasets[factor] = read_datasets(more, model.config, ["test_vocabulary"])[0]
+        datasets[factor] = read_datasets(more, model, ["test_vocabulary"])[0]
     memory = {
         factor: measure.peak_memory(lambda dataset=dataset: ours(accelerator, model, dataset, config))
         for factor, dataset in datasets.items()

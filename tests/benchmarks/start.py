@@ -89,11 +89,11 @@ def run_train():
     train.load_model = after(train.load_model)
     read_datasets = train.read_datasets
 
-    def read(config, sizes, splits):
-        datasets = read_datasets(config, sizes, splits)
+    def read(config, model, splits):
+        datasets = read_datasets(config, model, splits)
         moments.append(time.time())
         config = type("Little", (), vars(config) | {"data_dir": os.environ["LITTLE"]})
-        return [datasets[0], *read_datasets(config, sizes, splits[1:])]
+        return [datasets[0], *read_datasets(config, model, splits[1:])]
 
     train.read_datasets = read
     began, prepare = [], Accelerator.prepare

@@ -83,7 +83,7 @@ def models():
 
 def read(data_dir, model, splits):
     config = Namespace(data_dir=data_dir, max_candidates=400, num_negatives=7, seed=0)
-    return read_datasets(config, model.config, splits)
+    return read_datasets(config, model, splits)
 
 
 class Work:
