@@ -6,7 +6,8 @@
 
 N rows, C candidates, B batch, E distinct images. Whatever can be wrong in a user's files is a UserError.
 
-EDIT HERE for another task: `read_rows` says what a row is, the two data sets what the model is given of it.
+EDIT HERE for another task: `read_rows` says what a row is, the two data sets what the model is given of it, and
+`show_query` and `show_candidate` what people see of it.
 """
 
 import ast
@@ -325,6 +326,15 @@ class RerankDataset(Dataset):
         else:
             image = self.elements.take([self.element_inputs[index - first_element]])[0]
         return {"index": index if weight else -1, "images": image}
+
+    def show_query(self, row):
+        """(search word, picture) for gallery.py: the picture is the Path of an image, or a str where the task has no images."""
+        return self.rows.columns["search_word"][row], self.pages.paths[self.pages.index[self.rows.columns["x_image_path"][row]]]
+
+    def show_candidate(self, row, column):
+        """(key, picture), as in `show_query`; the column -1, as in `labels`, is the relevant element that is missing."""
+        key = self.rows.columns["resourceKey"][row] if column < 0 else self.rows.candidates[row][column]
+        return key, self.elements.paths[self.elements.index[key]]
 
     @staticmethod
     def collate(items):
