@@ -86,7 +86,7 @@ def draw_contact_sheet(path, dataset, scores, ranks):
                 if relevant:
                     pen.rectangle((x - 5, top - 5, x + candidate_width + 4, top + CANDIDATE + 4), RIGHT)
                 if place == TOP:
-                    pen.text((x - 2 * GAP - 3, top + CANDIDATE // 2), "…", FAINT, font(16), anchor="mm")
+                    pen.text((x - 2 * GAP + 3, top + CANDIDATE // 2), "…", FAINT, font(16), anchor="mm")
                 draw_picture(sheet, (x, top), picture, candidate_width, CANDIDATE)
                 below = (x + candidate_width // 2, top + CANDIDATE + 15)
                 pen.text(below, "missing" if score is None else f"{score:.3f}", INK if relevant else FAINT, font(13), anchor="mm")
