@@ -52,7 +52,9 @@ def draw_contact_sheet(path, dataset, scores, ranks):
     sample = np.unique(((np.arange(SAMPLE) + 0.5) * len(ranks) / SAMPLE).astype(int))
     misses = np.flatnonzero((ranks > 1) & np.isfinite(ranks))  # no model finds what is not among the candidates
     worst = misses[np.argsort(-ranks[misses], kind="stable")][:WORST]
-    sections = {"A sample, the same queries in every evaluation": sample, "The worst misses": worst}
+    sections = {"A sample, the same queries in every evaluation": sample}
+    if len(worst):
+        sections["The worst misses"] = worst
 
     query_width, candidate_width = (
         size if isinstance(picture, Path) else 2 * size  # a text needs more room
@@ -60,7 +62,7 @@ def draw_contact_sheet(path, dataset, scores, ranks):
     )
     words, candidates = 3 * GAP + query_width, 3 * GAP + query_width + 170  # where their columns begin
     step, row_height, heading = candidate_width + GAP, QUERY + 2 * GAP, 46
-    height = 80 + sum(heading + row_height * len(rows) for rows in sections.values() if len(rows))
+    height = 80 + sum(heading + row_height * len(rows) for rows in sections.values())
     sheet = Image.new("RGB", (candidates + TOP * step + 3 * GAP + step + GAP, height), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((2 * GAP, 14), summary(ranks), INK, font(20))
@@ -68,8 +70,6 @@ def draw_contact_sheet(path, dataset, scores, ranks):
     pen.text((2 * GAP, 44), legend + f"it stands at the end where it is not among the first {TOP}.", FAINT, font(14))
     y = 80
     for title, rows in sections.items():
-        if len(rows) == 0:
-            continue
         pen.text((2 * GAP, y + 10), title, INK, font(17))
         y += heading
         for row in rows.tolist():
@@ -191,16 +191,6 @@ def small(picture, width, height):
     return image
 
 
-@functools.cache
-def font(size):
-    return ImageFont.truetype(FONT, size)
-
-
-@functools.cache
-def advance(character, size):
-    return font(size).getlength(character)
-
-
 def wrap(text, size, width, length):
     """`text` cut into at most `length` lines of `width` pixels, at spaces where that is possible: a list of str."""
     # Files named on a Mac have Korean in pieces, which not every machine puts together.
@@ -215,6 +205,16 @@ def wrap(text, size, width, length):
         lines.append(text[:end].rstrip())
         text = text[end:]
     return lines
+
+
+@functools.cache
+def advance(character, size):
+    return font(size).getlength(character)
+
+
+@functools.cache
+def font(size):
+    return ImageFont.truetype(FONT, size)
 
 
 def for_html(picture, size):
