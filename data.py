@@ -7,7 +7,7 @@
 N rows, C candidates, B batch, E distinct images. Whatever can be wrong in a user's files is a UserError.
 
 EDIT HERE for another task, what a row is: `COPIED` and `PARSED` name its columns, and the class of `inputs`, in
-`read_datasets`, says what the model is given of it.
+`read_datasets`, says what the model is given of it, and what people see.
 """
 
 import ast
@@ -271,6 +271,14 @@ class PagesAndElements:
         of_pages = inputs[0] >= first_page
         return {"images": self.pages.take(inputs - first_page) if of_pages else self.elements.take(inputs)}
 
+    def show_query(self, rows, row):
+        """What people see of the query of a row: (search word, Path of the page)."""
+        return rows.columns["search_word"][row], Path(self.pages.paths[self.pages.index[rows.columns["x_image_path"][row]]])
+
+    def show_candidate(self, key):
+        """What people see of a candidate: the Path of the element."""
+        return Path(self.elements.paths[self.elements.index[key]])
+
 
 class Images:
     """The distinct images of one folder, fitted into squares of `size` pixels.
@@ -407,6 +415,15 @@ class RerankDataset(Dataset):
         """A batch, of one group: index int64 (B,), -1 for filling; the rest is what the model's `forward` takes."""
         index = torch.tensor([key.index if key.weight else -1 for key in keys])  # (B,)
         return {"index": index, **self.inputs.take(self.numbers[[key.index for key in keys]])}
+
+    def show_query(self, row):
+        """(search word, picture) for gallery.py: the picture is the Path of an image, or a str where the task has no images."""
+        return self.inputs.show_query(self.rows, row)
+
+    def show_candidate(self, row, column):
+        """(key, picture), as in `show_query`; the column -1, as in `labels`, is the relevant candidate that is missing."""
+        key = self.rows.columns["resourceKey"][row] if column < 0 else self.rows.candidates[row][column]
+        return key, self.inputs.show_candidate(key)
 
 
 def whole(batch):

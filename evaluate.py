@@ -36,11 +36,13 @@ from tqdm import tqdm
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
+import gallery
 import metrics
 from checkpoint import TRAINING_CONFIG, save_checkpoint, save_model
 from data import UserError, full_batches, read_datasets, whole
 from launch import errors_in_one_line, finish, leave_signals_to_the_main_process, make_accelerator, make_writable, stop_if_asked
 from model import load_model, rerank_scores
+from tracking import log_picture
 
 
 def maybe_log_save_evaluate(accelerator, model, state, config, eval_dataset, rerank_dataset, compute_metrics):
@@ -69,6 +71,8 @@ def maybe_log_save_evaluate(accelerator, model, state, config, eval_dataset, rer
         values |= training_metrics(state, config)
     if values:
         accelerator.log(values, step=state.step)  # all of a step at once: one line, one point on the axis
+    if evaluate_due:
+        log_picture(accelerator, "rerank/contact_sheet", output_dir / "contact_sheet.png", state.step)
     if evaluate_due and is_best(state, evaluated, config.best_metric):
         save_model(accelerator, model, output_dir / "best", state.training_config)
     state.done = True
@@ -182,14 +186,16 @@ def _rerank_evaluate(accelerator, model, dataset, compute_metrics, config):
 
 
 def rerank_evaluate(accelerator, model, dataset, compute_metrics, config):
-    """Get the DataLoader, run the loop, write metric.csv: {"rerank/...": float}. Stands for the override Trainer.rerank_evaluate.
+    """Get the DataLoader, run the loop, write metric.csv and draw it: {"rerank/...": float}.
 
-    The override also logs; here maybe_log_save_evaluate does, so that a step is one line of the log.
+    Stands for the override Trainer.rerank_evaluate, which also logs; here maybe_log_save_evaluate does, so that a step is one
+    line of the log.
     """
     dataloader = get_rerank_eval_dataloader(accelerator, dataset, config)
     output = rerank_evaluation_loop(accelerator, model, dataloader, dataset, compute_metrics)
     if accelerator.is_main_process:
         write_metric_csv(Path(config.output_dir) / "metric.csv", dataset, output.predictions)
+        gallery.draw(config, dataset, output.predictions)
     return prefixed("rerank", output.metrics)
 
 
@@ -284,7 +290,7 @@ def write_metric_csv(path, dataset, scores):
         writer.writerow(header)
         for row, (keys, label) in enumerate(zip(dataset.rows.candidates, dataset.labels.tolist(), strict=True)):
             score = scores[row, : len(keys)]
-            order = np.lexsort((np.arange(len(keys)) == label, -score))
+            order = metrics.best_first(score, label)
             text = [str(value) for value in score]  # the shortest decimals that read back as the same float32
             writer.writerow(
                 [values[row] for values in dataset.rows.columns.values()]
@@ -311,6 +317,7 @@ def main():
         default=argparse.SUPPRESS,
         help="inputs in a batch, on a process (default: that of the training's evaluations)",
     )
+    parser.add_argument("--gallery", action="store_true", help="also write gallery.html, all queries as pictures, for a browser")
     arguments = parser.parse_args()
     if not (arguments.model_dir / TRAINING_CONFIG).is_file():
         raise UserError(
@@ -337,6 +344,8 @@ def main():
     for name, value in values.items():
         accelerator.print(f"{name:<20}{value:10.6f}")
     accelerator.print(f"{config.output_dir / 'metric.csv'} has a line for each of the {len(rerank_dataset.labels)} queries")
+    if config.gallery:
+        accelerator.print(f"{config.output_dir / 'gallery.html'} shows them all in a browser")
     finish(accelerator)
 
 

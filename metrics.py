@@ -61,6 +61,14 @@ def ranks_of_relevant(scores, labels):
     return ranks
 
 
+def best_first(scores, label):
+    """The columns of one query's candidates in order: int64 (C,). Among equals the relevant one is last, and so at its rank.
+
+    scores: float (C,), without padding. label: the column of the relevant candidate, -1 if it is missing.
+    """
+    return np.lexsort((np.arange(len(scores)) == label, -scores))
+
+
 def recall_at(k, ranks):
     """1.0 where rank <= k, else 0.0: float64 (N,). With one relevant candidate a query, recall is the hit rate."""
     return (ranks <= k).astype(np.float64)

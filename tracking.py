@@ -7,8 +7,10 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import wandb
 from accelerate.tracking import GeneralTracker
+from PIL import Image
 
 
 def start_trackers(accelerator, config, state, datasets):
@@ -93,6 +95,22 @@ class JsonlTracker(GeneralTracker):
             file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
 
 
+def log_picture(accelerator, name, path, step):
+    """Send a PNG to the tracker, if it is one that takes images, as of the step that its metrics have."""
+    if not accelerator.is_main_process:  # the others may be here before it is written
+        return
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.log_images({name: [str(path)]}, step=step)  # the file as it is; pixels would be compressed anew
+        elif tracker.name == "tensorboard":
+            pixels = np.asarray(Image.open(path))[None]  # (1, H, W, 3)
+            tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
+        elif tracker.name == "trackio":  # accelerate's tracker of it has no log_images
+            import trackio
+
+            tracker.log({name: trackio.Image(path)}, step=step)
+
+
 def show(accelerator, progress, state, values):
     """What was logged, on the screen of the main process: the loss beside the bar, an evaluation in a line of its own."""
     if not accelerator.is_main_process or not values:
@@ -125,8 +143,8 @@ def closing_table(state, config, global_batch_size, seconds):
     places = {
         "best": f"the model of update {best}, best by {config.best_metric}",
         f"checkpoints/step_{last:08d}": "the model after the last update",
-        "metric.csv": "every query of the last rerank evaluation",
-        "log.jsonl": "everything that was logged",
+        "metric.csv": "every query of the last rerank evaluation; contact_sheet.png shows some",
+        "log.jsonl": "everything that was logged; curves.png draws it",
     }
     lines += [f"{f'{config.output_dir}/{place}':<36}  {what}" for place, what in places.items()]
     return "\n".join(lines)

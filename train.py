@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+import gallery
 import sample_data
 from checkpoint import MANIFEST, check_checkpoint, load_training_state, newest_checkpoint, read_checkpoint, save_checkpoint
 from data import TrainSampler, UserError, fingerprint, read_datasets, updates_per_epoch, whole
@@ -237,6 +238,8 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, eval_dat
         save_checkpoint(accelerator, model, state, Path(config.output_dir) / "checkpoints", config.save_total_limit)
         raise
     progress.close()
+    if accelerator.is_main_process:
+        gallery.draw_curves(Path(config.output_dir) / "curves.png", Path(config.output_dir) / "log.jsonl")
     accelerator.print(closing_table(state, config, global_batch_size, time.perf_counter() - began))
 
 

@@ -41,7 +41,8 @@ def test_arrows_go_one_way():
     }
     assert not imports["metrics"] and not imports["data"] and not imports["model"] and not imports["tracking"]
     assert imports["checkpoint"] == {"data"}
-    assert imports["evaluate"] == {"metrics", "data", "model", "checkpoint", "launch"}
+    assert imports["evaluate"] == {"metrics", "data", "model", "checkpoint", "launch", "gallery", "tracking"}
+    assert imports["gallery"] == {"metrics", "data", "tracking"}
     assert not any("train" in imported for imported in imports.values())
 
 

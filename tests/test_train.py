@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from conftest import REPOSITORY, column, launch, read_log, refused, write_data
+from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
 import evaluate
@@ -49,7 +50,8 @@ def two(data, tmp_path_factory):
 
 
 def test_what_a_run_leaves(one):
-    assert {path.name for path in one.folder.iterdir()} == {"best", "checkpoints", "log.jsonl", "metric.csv", "wandb"}
+    files = {"log.jsonl", "metric.csv", "contact_sheet.png", "curves.png"}
+    assert {path.name for path in one.folder.iterdir()} == files | {"best", "checkpoints", "wandb"}
     assert {path.name for path in (one.folder / "checkpoints").iterdir()} == {"step_00000010", "step_00000012"}
     model = {"config.json", "model.safetensors", "training_config.json"}
     assert {path.name for path in (one.folder / "best").iterdir()} == model
@@ -99,18 +101,21 @@ def test_two_processes_are_two(one, two):
 
 
 def test_evaluate_gives_the_numbers_of_training(two, data, tmp_path):
-    """On one process and on two, to the last bit, metric.csv included."""
+    """On one process and on two, to the last bit, metric.csv and the pictures included."""
     model = two.folder / "checkpoints" / "step_00000012"
     logged = two.log[1][-1]
-    texts, tables = [], []
+    texts, files = [], ["contact_sheet.png", "gallery.html", "metric.csv"]
     for config in ("cpu", "cpu_2_processes"):
-        done = launch("evaluate.py", "--model_dir", model, "--data_dir", data, "--output_dir", tmp_path / config, config=config)
+        arguments = ["--model_dir", model, "--data_dir", data, "--output_dir", tmp_path / config, "--gallery"]
+        done = launch("evaluate.py", *arguments, config=config)
         printed = dict(re.findall(r"^((?:eval|rerank)/\S+) +(\S+)$", done.stdout, re.MULTILINE))
         assert printed == {name: f"{value:.6f}" for name, value in logged.items() if name.startswith(("eval/", "rerank/"))}
         texts.append(printed)
-        tables.append((tmp_path / config / "metric.csv").read_bytes())
-        assert [path.name for path in (tmp_path / config).iterdir()] == ["metric.csv"]
-    assert texts[0] == texts[1] and tables[0] == tables[1] == (two.folder / "metric.csv").read_bytes()
+        assert sorted(path.name for path in (tmp_path / config).iterdir()) == files
+    assert texts[0] == texts[1]
+    for name in files:
+        one, two_processes = ((tmp_path / config / name).read_bytes() for config in ("cpu", "cpu_2_processes"))
+        assert one == two_processes and (name == "gallery.html" or one == (two.folder / name).read_bytes())
 
 
 def test_the_shared_evaluation_by_brute_force(one, data):
@@ -181,6 +186,12 @@ def test_wandb_offline_holds_what_log_jsonl_holds(two):
         for source in (record.config, record.run.config):
             config |= {item.key: json.loads(item.value_json) for item in source.update}
     first, lines = two.log
+    for step in (0, 6, 12):  # the metrics and the picture of an evaluation are one point
+        names = ("filenames", "_type", "format", "count", "width", "height")
+        picture = {name: history[step].pop(f"rerank/contact_sheet.{name}") for name in names}
+        (sent,) = [path.parent / "files" / name for name in picture["filenames"]]
+        assert Image.open(sent).size == (picture["width"], picture["height"])
+    assert sent.read_bytes() == (two.folder / "contact_sheet.png").read_bytes()  # the last one
     assert history == {line["step"]: {name: value for name, value in line.items() if name != "step"} for line in lines}
     for name in ("config", "versions", "git_commit", "processes"):
         assert config[name] == first[name]
