@@ -297,21 +297,32 @@ def write_metric_csv(path, dataset, scores):
 
 def main():
     parser = argparse.ArgumentParser(
+        usage="accelerate launch --config_file accelerate_config/cpu.yaml evaluate.py --model_dir FOLDER [--OPTION VALUE ...]",
         description="Evaluate a model that train.py saved, in both ways: the numbers that training logged for these weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model_dir", type=Path, required=True, help="a folder that train.py saved: output/best, or one of output/checkpoints"
+        "--model_dir",
+        type=Path,
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="FOLDER",
+        help="a folder that train.py saved: output/best, or one of output/checkpoints",
     )
-    parser.add_argument("--data_dir", default=argparse.SUPPRESS, help="the data folder (default: the one of the training)")
-    parser.add_argument("--output_dir", type=Path, default=Path("evaluation"), help="where metric.csv goes")
+    parser.add_argument(
+        "--data_dir", default=argparse.SUPPRESS, metavar="FOLDER", help="the data folder (default: the one of the training)"
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("evaluation"), metavar="FOLDER", help="where metric.csv goes")
     parser.add_argument(
         "--per_device_batch_size",
         type=int,
         default=argparse.SUPPRESS,
+        metavar="INT",
         help="inputs in a batch, on a process (default: that of the training's evaluations)",
     )
     arguments = parser.parse_args()
+    if getattr(arguments, "per_device_batch_size", 1) < 1:
+        raise UserError(f"--per_device_batch_size is {arguments.per_device_batch_size}, it must be at least 1")
     if not (arguments.model_dir / TRAINING_CONFIG).is_file():
         raise UserError(
             f"--model_dir {arguments.model_dir}: there is no {TRAINING_CONFIG} in it; name a folder that train.py saved"
