@@ -15,9 +15,10 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def read_datasets(config, image_sizes, splits):
     ]
 
 
-def fingerprint(datasets):
+def fingerprint(datasets) -> str:
     """A hash of what the numbers depend on in the files: the CSVs, and the names and sizes of their images."""
     found = hashlib.blake2b(digest_size=16)
     for dataset in datasets:
@@ -90,14 +91,16 @@ class Rows:
         return f"{self.path}, row {self.numbers[index]}"
 
 
-def read_rows(data_dir, split, max_candidates):
+def read_rows(data_dir: str | Path, split: str, max_candidates: int) -> Rows:
     """Read csv/{split}.csv and leave out, counted, the rows that have no candidates or `max_candidates` and more.
 
     Cells are parsed as literals, never evaluated. Raises UserError.
     """
     path = Path(data_dir) / "csv" / f"{split}.csv"
     rows = Rows(path, [], {name: [] for name in COLUMNS[:5]}, [], {"used": 0, "no_candidates": 0, "too_many_candidates": 0})
-    parsed = {}  # (column, text) -> value: lists come back with their search word, and parsing them is the slow part
+    parsed: dict[
+        tuple[str, str], Any
+    ] = {}  # (column, text) -> value: lists come back with their search word, and parsing them is the slow part
     for number, row in read_csv(path):
         for name in ("candidate_resourceKey", "x_info", "y_info"):
             if (name, row[name]) not in parsed:
@@ -119,7 +122,7 @@ def read_rows(data_dir, split, max_candidates):
     return rows
 
 
-def read_csv(path):
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (row number, {column: text}) of a UTF-8 CSV. Raises UserError."""
     csv.field_size_limit(CELL_LIMIT)
     number = 1
@@ -144,7 +147,7 @@ def read_csv(path):
         raise UserError(f"{path}, after row {number}: not a CSV ({error})") from None
 
 
-def parse_literal(text):
+def parse_literal(text: str) -> object:
     """The value of a cell, JSON or a Python literal; None for an empty one. Raises ValueError, also for code: none is run."""
     if not text.strip():
         return None
@@ -158,7 +161,7 @@ def parse_literal(text):
         raise ValueError("expected JSON or a Python literal") from None
 
 
-def as_keys(value):
+def as_keys(value: object) -> tuple[int, tuple[str, ...]]:
     """A parsed list of keys to (how many it lists, the tuple of them without repetition). Raises ValueError."""
     if value is None:
         return 0, ()
@@ -202,10 +205,10 @@ class Images:
         """uint8 (len(indices), 3, size, size)"""
         if self.pixels is not None:
             return self.pixels[torch.as_tensor(indices)]
-        return torch.stack([decode_image(self.paths[index], self.size) for index in indices])
+        return torch.stack([decode_image(self.paths[index], self.size) for index in indices])  # pyrefly: ignore[bad-argument-type]
 
 
-def find_image(folder, key):
+def find_image(folder: Path, key: str) -> Path:
     """The file of a key, certain to lie inside the folder, symbolic links followed. Raises UserError."""
     path = folder / f"{key}.png"
     try:
@@ -372,11 +375,11 @@ class TrainSampler(Sampler):
                 yield from (Key(rows[0], epoch, 0.0) for _ in range(self.global_batch_size - len(rows)))
 
 
-def updates_per_epoch(num_rows, global_batch_size):
+def updates_per_epoch(num_rows: int, global_batch_size: int) -> int:
     return math.ceil(num_rows / global_batch_size)
 
 
-def full_batches(groups, batch_size, num_processes):
+def full_batches(groups: list[range], batch_size: int, num_processes: int) -> list[Key]:
     """The keys of an evaluation, cut into full batches, as many for each process.
 
     The batches are cut from the whole list before they are dealt out, and each is full, since the last bits of an output may

@@ -69,7 +69,7 @@ def maybe_log_save_evaluate(accelerator, model, state, config, eval_dataset, rer
         values |= training_metrics(state, config)
     if values:
         accelerator.log(values, step=state.step)  # all of a step at once: one line, one point on the axis
-    if evaluate_due and is_best(state, evaluated, config.best_metric):
+    if evaluate_due and is_best(state, values, config.best_metric):
         save_model(accelerator, model, output_dir / "best", state.training_config)
     state.done = True
     if save_due:
@@ -168,7 +168,7 @@ def evaluation_loop(accelerator, model, dataloader, dataset, compute_metrics):
     losses, scores = gathered["losses"].double(), gathered["scores"].float()  # (N,), (N, C)
     require_finite(losses.isfinite() & ~(scores.isnan() | (scores == math.inf)).any(1), dataset, "the loss or a score")
     output = with_metrics(scores, dataset, compute_metrics)
-    output.metrics["loss"] = losses.mean().item()
+    output.metrics["loss"] = losses.mean().item()  # pyrefly: ignore[unsupported-operation]
     return output
 
 

@@ -7,14 +7,16 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
+from tqdm import tqdm
 from transformers.utils import flatten_dict
 
 from data import UserError
 
 
-def make_trackers(config):
+def make_trackers(config) -> list:
     """What the Accelerator is to log with: log.jsonl, and the trackers that --report_to names. Raises UserError."""
     names = [] if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
     known = [name for name in LoggerType.list() if name != "all"]
@@ -28,7 +30,7 @@ def make_trackers(config):
     return [JsonlTracker(Path(config.output_dir) / "log.jsonl"), *names]
 
 
-def start_trackers(accelerator, config, state, datasets):
+def start_trackers(accelerator: Accelerator, config, state, datasets):
     """log.jsonl and the others, all beginning with the config, the versions, the git commit and the counts of the data.
 
     A run that goes on is one run in log.jsonl, wandb, trackio and TensorBoard; other trackers begin another one. What it had
@@ -57,7 +59,7 @@ def start_trackers(accelerator, config, state, datasets):
         tracker.store_init_configuration(facts if tracker.name in ("jsonl", "wandb") else flatten_dict(facts))
 
 
-def wandb_options(accelerator, config):
+def wandb_options(accelerator: Accelerator, config) -> dict:
     """What `wandb.init` is to be told: without a key it logs offline, and a line says so."""
     import wandb  # here, since it takes 0.6 s, which only those who ask for it are to wait
 
@@ -69,7 +71,7 @@ def wandb_options(accelerator, config):
     return {"dir": config.output_dir, "mode": "offline" if offline else None, "settings": wandb.Settings(silent=offline)}
 
 
-def keep_lines(log, state):
+def keep_lines(log: Path, state) -> dict | None:
     """Leave only what `state` has behind it in log.jsonl, and return its first line, or None where nothing is left."""
     if not log.exists():
         return None
@@ -87,7 +89,7 @@ def keep_lines(log, state):
     return json.loads(kept[0]) if kept else None
 
 
-def git_commit():
+def git_commit() -> str | None:
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
         cwd=Path(__file__).parent,
@@ -122,7 +124,7 @@ class JsonlTracker(GeneralTracker):
             file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
 
 
-def show(accelerator, progress, state, values):
+def show(accelerator: Accelerator, progress: tqdm, state, values: dict[str, float]):
     """What was logged, on the screen of the main process: the latest loss and evaluation beside the bar, each evaluation in a
     line of its own."""
     if not accelerator.is_main_process or not values:
@@ -142,7 +144,7 @@ def show(accelerator, progress, state, values):
 HEADLINES = ("eval/loss", "eval/Recall@1", "eval/MRR@100", "rerank/Recall@1", "rerank/Recall@10", "rerank/MRR@100")
 
 
-def closing_table(state, config, global_batch_size, seconds):
+def closing_table(state, config, global_batch_size: int, seconds: float) -> str:
     """Updates, time, first, best and last metrics, and where everything is: str."""
     first, best, last = 0, state.best_step, state.step
     names = [name for name in HEADLINES if name in state.evaluations[last]]
@@ -169,7 +171,7 @@ def closing_table(state, config, global_batch_size, seconds):
     return "\n".join(lines)
 
 
-def first_line(log):
+def first_line(log: Path) -> dict | None:
     """What `start_trackers` wrote into log.jsonl, or None."""
     try:
         with open(log, encoding="utf-8") as file:

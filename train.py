@@ -18,11 +18,13 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -132,7 +134,7 @@ class TrainState:
     training_config: dict  # what save_model puts beside the weights
     depends_on: dict  # what the numbers depend on, for the checkpoints
     versions: dict
-    name_row: object  # row of train.csv -> its name in messages
+    name_row: Callable[[int], str]  # row of train.csv -> its name in messages
     # since the last look at the losses: (step, learning rate, index (B,), weight (B,), losses (B,)) of each micro-batch
     window: list = field(default_factory=list)
     window_began: float = field(default_factory=time.perf_counter)
@@ -192,7 +194,7 @@ def main():
     )
     start_trackers(accelerator, config, state, datasets)
     try:
-        train(accelerator, config, model, state, checkpoint, *datasets, compute_metrics)
+        train(accelerator, config, model, state, checkpoint, *datasets, compute_metrics=compute_metrics)
     except Stopped:
         accelerator.print(
             f"\nstopped, as asked, after update {state.step}, which is in {config.output_dir}/checkpoints: "
@@ -278,7 +280,7 @@ def train_step(accelerator, model, batch):
     return index, weight, losses.detach()
 
 
-def learning_rate_at(step, num_updates, config):
+def learning_rate_at(step: int, num_updates: int, config: Config) -> float:
     """Of update `step` (from 0): linear from 0 to config.learning_rate, then half a cosine to 0, however many processes."""
     warmup = max(1, round(config.warmup_ratio * num_updates))
     if step < warmup:
@@ -286,14 +288,14 @@ def learning_rate_at(step, num_updates, config):
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_updates - warmup)))
 
 
-def parameter_groups(model, weight_decay):
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Matrices and kernels decay; biases, norms and scales, which have fewer than two dimensions, do not."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def read_config(arguments):
+def read_config(arguments: list[str]) -> Config:
     """Config from flags; `--config FILE` names a YAML of them, over which the flags of the command line go. Raises UserError."""
     parser = make_parser()
     file = vars(parser.parse_known_args(arguments)[0]).get("config")
@@ -324,7 +326,7 @@ def read_config(arguments):
     return config
 
 
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
     """The options are the values of Config, under its headings."""
     parser = argparse.ArgumentParser(
         usage="accelerate launch --config_file accelerate_config/cpu.yaml train.py [--config FILE] [--OPTION VALUE ...]",
@@ -350,7 +352,7 @@ AT_LEAST = {
 }
 
 
-def make_output_dir(accelerator, config):
+def make_output_dir(accelerator: Accelerator, config: Config):
     """Make the folder, and see that all can write to it and that --resume allows what is in it. Raises UserError."""
     folder = Path(config.output_dir)
     if config.resume not in ("auto", "never") and not (Path(config.resume) / MANIFEST).is_file():
@@ -363,7 +365,7 @@ def make_output_dir(accelerator, config):
     check_shared(accelerator, folder)
 
 
-def build_default_data(accelerator, config):
+def build_default_data(accelerator: Accelerator, config: Config):
     """Build the default data where it is absent, once on each machine. A folder that the user names must be there."""
     if config.data_dir == DEFAULT_DATA_DIR:
         with accelerator.local_main_process_first():
@@ -374,7 +376,7 @@ def build_default_data(accelerator, config):
         raise UserError(f"--data_dir {config.data_dir}: there is no such folder")
 
 
-def make_state(accelerator, config, datasets):
+def make_state(accelerator: Accelerator, config: Config, datasets) -> TrainState:
     """The state before the first update. Raises UserError."""
     num_rows = len(datasets[0])
     global_batch_size = config.per_device_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
@@ -395,7 +397,7 @@ def make_state(accelerator, config, datasets):
     )
 
 
-def find_checkpoint(accelerator, config, state):
+def find_checkpoint(accelerator: Accelerator, config: Config, state: TrainState) -> Path | None:
     """The checkpoint to go on from, as --resume says, or None; `state` becomes what it holds. Raises UserError."""
     folder = Path(config.output_dir)
     if config.resume == "auto":
