@@ -3,11 +3,13 @@
 import re
 import shlex
 
+import pytest
 from conftest import REPOSITORY, column, launch, read_log
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_default_run_learns(tmp_path):
     """The README's command, in an empty folder: it builds the data, trains, and reaches what is promised."""
     command = re.search(r"<!-- main job -->\n```bash\n(.*)\n```", README)[1]

@@ -59,6 +59,7 @@ def test_a_tracker_that_is_not_there(report_to, message):
         make_trackers(Namespace(report_to=report_to, output_dir="output"))
 
 
+@pytest.mark.slow
 def test_trackers_are_those_that_were_asked_for(tmp_path):
     """With none, wandb is not even imported."""
     for report_to, names in (("none", []), ("wandb, tensorboard", ["wandb", "tensorboard"])):
