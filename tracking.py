@@ -164,7 +164,6 @@ def closing_table(state, config, global_batch_size: int, seconds: float) -> str:
     }
     lines += [f"{f'{config.output_dir}/{place}':<36}  {what}" for place, what in places.items()]
     lines += [
-        "",
         f"to evaluate it again: accelerate launch evaluate.py --model_dir {config.output_dir}/best",
         f"to train it further:  accelerate launch train.py --model_name_or_path {config.output_dir}/best --output_dir FOLDER",
     ]

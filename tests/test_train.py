@@ -299,6 +299,22 @@ def test_config_that_cannot_be(arguments, message):
         train.read_config(arguments)
 
 
+def test_help_has_each_option_with_its_default_under_a_heading():
+    parts = re.split(r"^(\w.*):$", train.make_parser().format_help(), flags=re.MULTILINE)
+    assert parts[3::2] == ["data", "model", "optimization", parts[9], "where to"] and parts[9].startswith(
+        "logging, evaluating, saving"
+    )
+    for name, each in train.Config.__dataclass_fields__.items():
+        (part,) = [part for part in parts[4::2] if re.search(rf"^  --{name} [A-Z]", part, re.MULTILINE)]
+        assert f"(default: {each.default})" in " ".join(part.split(f"--{name} ")[1].split("  --")[0].split())
+
+
+def test_evaluate_refuses_an_empty_batch(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model_dir", str(tmp_path), "--per_device_batch_size", "0"])
+    with pytest.raises(UserError, match="--per_device_batch_size is 0, it must be at least 1"):
+        evaluate.main()
+
+
 def test_unknown_options_are_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("learning_rat: 1e-3\n")
     with pytest.raises(UserError, match="learning_rat"):
