@@ -15,8 +15,10 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 from pickle import UnpicklingError
 
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
@@ -26,7 +28,7 @@ TRAINING_CONFIG = "training_config.json"  # beside the weights: what evaluate.py
 MANIFEST = "manifest.json"
 
 
-def save_checkpoint(accelerator, model, state, folder, total_limit):
+def save_checkpoint(accelerator: Accelerator, model, state, folder: Path, total_limit: int):
     """Write checkpoints/step_... to `folder` unless it is there, then remove all but the newest `total_limit` (0: none).
 
     Every process must call it, with no losses left in state.window. A process that is killed, or a disk that is full, at any
@@ -45,7 +47,7 @@ def save_checkpoint(accelerator, model, state, folder, total_limit):
         write_model(accelerator, model, unfinished, state.training_config)
         # The weights stand beside it already, where accelerate would write them itself.
         hook = accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
-        accelerator.save_state(unfinished / "training_state")
+        accelerator.save_state(str(unfinished / "training_state"))
         hook.remove()
         if accelerator.is_main_process:
             (unfinished / "run.json").write_text(json.dumps(state.to_save()), encoding="utf-8")
@@ -104,7 +106,7 @@ def remove_old(folder, total_limit):
         shutil.rmtree(removed)
 
 
-def newest_checkpoint(accelerator, folder):
+def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`, or None. Says which are damaged. Every process must call it."""
     for checkpoint in sorted(folder.glob("step_*"), reverse=True):
         problem = check_checkpoint(accelerator, checkpoint)
@@ -114,7 +116,7 @@ def newest_checkpoint(accelerator, folder):
     return None
 
 
-def check_checkpoint(accelerator, checkpoint):
+def check_checkpoint(accelerator: Accelerator, checkpoint: Path) -> str | None:
     """What is wrong with it, or None. Every process must call it: each checks its share of the files."""
     try:
         described = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -133,7 +135,7 @@ def read_checkpoint(checkpoint):
     return [json.loads((checkpoint / name).read_text(encoding="utf-8")) for name in (MANIFEST, "run.json")]
 
 
-def load_training_state(accelerator, checkpoint):
+def load_training_state(accelerator: Accelerator, checkpoint: Path):
     """Optimizer and random states into what `accelerator` has prepared. Every process must call it.
 
     The model must have been built from `checkpoint` already; under DeepSpeed and FSDP2 its weights are loaded again, in parts.
@@ -141,7 +143,7 @@ def load_training_state(accelerator, checkpoint):
     """
     hook = accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
     try:
-        accelerator.load_state(checkpoint / "training_state")
+        accelerator.load_state(str(checkpoint / "training_state"))
     except UnpicklingError:
         raise UserError(f"{checkpoint}/training_state holds something else than numbers, and is not loaded") from None
     finally:
@@ -149,7 +151,7 @@ def load_training_state(accelerator, checkpoint):
     accelerator.step = 0  # of micro-batches, only ever used modulo the accumulation, which may be another one now
 
 
-def save_model(accelerator, model, folder, training_config):
+def save_model(accelerator: Accelerator, model, folder: Path, training_config: dict):
     """Write config.json, model.safetensors and training_config.json to `folder`. Every process must call it.
 
     It is written beside and renamed when whole. Over an older model the files are replaced one by one, the weights last: config

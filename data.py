@@ -20,10 +20,11 @@ import math
 import os
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def read_datasets(config, model, splits):
     ]
 
 
-def fingerprint(datasets):
+def fingerprint(datasets) -> str:
     """A hash of what the numbers depend on in the files: the CSVs, and what they name."""
     found = hashlib.blake2b(digest_size=16)
     for dataset in datasets:
@@ -119,7 +120,7 @@ class Candidates(Sequence):
         return lists[self.which]
 
 
-def read_rows(data_dir, split, max_candidates):
+def read_rows(data_dir: str | Path, split: str, max_candidates: int) -> Rows:
     """Read csv/{split}.csv and leave out, counted, the rows that have no candidates or `max_candidates` and more.
 
     Cells are parsed as literals, never evaluated. Raises UserError.
@@ -130,14 +131,13 @@ def read_rows(data_dir, split, max_candidates):
     place_of = {}  # key -> place in `keys`
     numbers, relevant, which, lengths, places = (array(kind) for kind in "qiiii")
     for number, row in read_csv(path, COPIED + PARSED):
+        parsed = {}
         for name in PARSED:
             try:
-                if name == "candidate_resourceKey":
-                    found, listed = parse_keys(row[name])
-                else:
-                    parse_literal(row[name])
+                parsed[name] = parse_cell(name, row[name])
             except (ValueError, RecursionError, MemoryError) as error:
                 raise UserError(f"{path}, row {number}, column {name}: {error} in {shorten(row[name])}") from None
+        found, listed = parsed["candidate_resourceKey"]
         kind = "no_candidates" if found == 0 else "too_many_candidates" if found >= max_candidates else "used"
         counts[kind] += 1
         if kind != "used":
@@ -163,7 +163,7 @@ def read_rows(data_dir, split, max_candidates):
     return Rows(path, numbers, columns, keys, relevant, Candidates(list(keys), which, lengths, places), counts)
 
 
-def read_csv(path, columns):
+def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (row number, {column: text}) of a UTF-8 CSV that has these columns. Raises UserError."""
     csv.field_size_limit(CELL_LIMIT)
     number = 1
@@ -188,8 +188,14 @@ def read_csv(path, columns):
         raise UserError(f"{path}, after row {number}: not a CSV ({error})") from None
 
 
-@functools.lru_cache(1024)
-def parse_literal(text):
+@functools.lru_cache(4096)  # lists come back with their search word, and parsing them is the slow part
+def parse_cell(name: str, text: str) -> Any:
+    """The value of a cell of one of the columns PARSED. Raises ValueError."""
+    value = parse_literal(text)
+    return as_keys(value) if name == "candidate_resourceKey" else value
+
+
+def parse_literal(text: str) -> object:
     """The value of a cell, JSON or a Python literal; None for an empty one. Raises ValueError, also for code: none is run."""
     if not text.strip():
         return None
@@ -206,10 +212,8 @@ def parse_literal(text):
         raise ValueError("expected JSON or a Python literal") from None
 
 
-@functools.lru_cache(1024)
-def parse_keys(text):
-    """A list of keys to (how many it lists, the tuple of them without repetition). Raises ValueError."""
-    value = parse_literal(text)
+def as_keys(value: object) -> tuple[int, tuple[str, ...]]:
+    """A parsed list of keys to (how many it lists, the tuple of them without repetition). Raises ValueError."""
     if value is None:
         return 0, ()
     if not isinstance(value, (list, tuple)):
@@ -300,9 +304,10 @@ class Images:
         for index, (key, (rows, row)) in enumerate(asked.items()):
             try:
                 self.paths.append(find_image(root, key))
-                image = decode_image(self.paths[index], None if self.pixels is None else size)
-                if self.pixels is not None:
-                    self.pixels[index] = image
+                if self.pixels is None:
+                    check_image(self.paths[index])
+                else:
+                    self.pixels[index] = decode_image(self.paths[index], size)
             except UserError as error:
                 raise UserError(f"{error} (asked for by {rows.name(row)})") from None
 
@@ -314,7 +319,7 @@ class Images:
         return torch.stack([decode_image(self.paths[index], self.size) for index in indices])
 
 
-def find_image(root, key):
+def find_image(root: str, key: str) -> str:
     """The file of a key, certain to lie inside `root`, a folder's real path; symbolic links are followed. Raises UserError."""
     name = f"{key}.png"
     try:
@@ -326,26 +331,33 @@ def find_image(root, key):
     return path
 
 
-def decode_image(path, size):
-    """An image of any mode and size to uint8 (3, size, size), centred on white, its proportions kept.
+def decode_image(path, size: int) -> torch.Tensor:
+    """An image of any mode and size to uint8 (3, size, size), centred on white, its proportions kept. Raises UserError."""
+    with open_image(path) as image:
+        image.load()
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        elif image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = image.convert("RGB")
+        if image.size != (size, size):
+            image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color="white")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    With size None it is checked, as far as can be done without decoding it, and nothing is returned. Raises UserError.
-    """
+
+def check_image(path):
+    """See that it is an image, as far as can be done without decoding it. Raises UserError."""
+    with open_image(path) as image:
+        image.verify()
+
+
+@contextmanager
+def open_image(path):
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise UserError(f"{path}: {image.width} x {image.height} pixels; the limit is {PIXEL_LIMIT:,}")
-            if size is None:
-                return image.verify()
-            image.load()
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            elif image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color="white")
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            yield image
     except UserError:
         raise
     except Exception as error:  # Pillow raises many kinds, all of which mean the same to the user
@@ -459,11 +471,11 @@ class TrainSampler(Sampler):
                 yield from (Key(rows[0], epoch, 0.0) for _ in range(self.global_batch_size - len(rows)))
 
 
-def updates_per_epoch(num_rows, global_batch_size):
+def updates_per_epoch(num_rows: int, global_batch_size: int) -> int:
     return math.ceil(num_rows / global_batch_size)
 
 
-def full_batches(groups, batch_size, num_processes):
+def full_batches(groups: list[range], batch_size: int, num_processes: int) -> list[Key]:
     """The keys of an evaluation, cut into full batches, as many for each process.
 
     The batches are cut from the whole list before they are dealt out, and each is full, since the last bits of an output may

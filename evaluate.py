@@ -73,7 +73,7 @@ def maybe_log_save_evaluate(accelerator, model, state, config, eval_dataset, rer
         accelerator.log(values, step=state.step)  # all of a step at once: one line, one point on the axis
     if evaluate_due:
         log_picture(accelerator, "rerank/contact_sheet", output_dir / "contact_sheet.png", state.step)
-    if evaluate_due and is_best(state, evaluated, config.best_metric):
+    if evaluate_due and is_best(state, values, config.best_metric):
         save_model(accelerator, model, output_dir / "best", state.training_config)
     state.done = True
     if save_due:
@@ -172,7 +172,7 @@ def evaluation_loop(accelerator, model, dataloader, dataset, compute_metrics):
     losses, scores = gathered["losses"].double(), gathered["scores"].float()  # (N,), (N, C)
     require_finite(losses.isfinite() & ~(scores.isnan() | (scores == math.inf)).any(1), dataset, "the loss or a score")
     output = with_metrics(scores, dataset, compute_metrics)
-    output.metrics["loss"] = losses.mean().item()
+    output.metrics["loss"] = losses.mean().item()  # pyrefly: ignore[unsupported-operation]
     return output
 
 
@@ -303,22 +303,33 @@ def write_metric_csv(path, dataset, scores):
 
 def main():
     parser = argparse.ArgumentParser(
+        usage="accelerate launch --config_file accelerate_config/cpu.yaml evaluate.py --model_dir FOLDER [--OPTION VALUE ...]",
         description="Evaluate a model that train.py saved, in both ways: the numbers that training logged for these weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model_dir", type=Path, required=True, help="a folder that train.py saved: output/best, or one of output/checkpoints"
+        "--model_dir",
+        type=Path,
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="FOLDER",
+        help="a folder that train.py saved: output/best, or one of output/checkpoints",
     )
-    parser.add_argument("--data_dir", default=argparse.SUPPRESS, help="the data folder (default: the one of the training)")
-    parser.add_argument("--output_dir", type=Path, default=Path("evaluation"), help="where metric.csv goes")
+    parser.add_argument(
+        "--data_dir", default=argparse.SUPPRESS, metavar="FOLDER", help="the data folder (default: the one of the training)"
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("evaluation"), metavar="FOLDER", help="where metric.csv goes")
     parser.add_argument(
         "--per_device_batch_size",
         type=int,
         default=argparse.SUPPRESS,
+        metavar="INT",
         help="inputs in a batch, on a process (default: that of the training's evaluations)",
     )
     parser.add_argument("--gallery", action="store_true", help="also write gallery.html, all queries as pictures, for a browser")
     arguments = parser.parse_args()
+    if getattr(arguments, "per_device_batch_size", 1) < 1:
+        raise UserError(f"--per_device_batch_size is {arguments.per_device_batch_size}, it must be at least 1")
     if not (arguments.model_dir / TRAINING_CONFIG).is_file():
         raise UserError(
             f"--model_dir {arguments.model_dir}: there is no {TRAINING_CONFIG} in it; name a folder that train.py saved"

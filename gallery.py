@@ -31,7 +31,7 @@ INK, FAINT, RIGHT, WRONG, PAPER = "#222222", "#777777", "#128a4e", "#c0392b", "#
 
 # Noto Sans KR, since search words are often Korean and few servers have a Korean font. The package is found, not imported.
 FONT_PACKAGE = importlib.util.find_spec("pylopdf_fonts_ko")
-if FONT_PACKAGE is None:
+if FONT_PACKAGE is None or not FONT_PACKAGE.submodule_search_locations:
     raise ModuleNotFoundError("gallery.py writes with the font of the package pylopdf-fonts-ko: pip install pylopdf-fonts-ko")
 FONT = Path(FONT_PACKAGE.submodule_search_locations[0]) / "NotoSansKR-Regular.otf"
 

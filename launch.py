@@ -7,7 +7,9 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -18,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from data import UserError
 
 
-def make_accelerator(max_grad_norm=0.0, **kwargs):
+def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
     """The Accelerator for this process, checked: Accelerator(**kwargs) with what a machine without a GPU needs besides.
 
     The strategy and the precision are those of the launch: the YAML in accelerate_config/, or flags of `accelerate launch`.
@@ -38,7 +40,7 @@ def make_accelerator(max_grad_norm=0.0, **kwargs):
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         set_up_deepspeed(accelerator, max_grad_norm, kwargs.get("gradient_accumulation_steps", 1))
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision != "no":
-        plugin = accelerator.state.fsdp_plugin
+        plugin: Any = accelerator.state.fsdp_plugin
         # Else losses and scores leave the model in bfloat16, where many scores are tied, and gradients are added up in it.
         plugin.mixed_precision_policy = dataclasses.replace(
             plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
@@ -56,7 +58,7 @@ def make_accelerator(max_grad_norm=0.0, **kwargs):
     return accelerator
 
 
-def check_launch(accelerator):
+def check_launch(accelerator: Accelerator):
     """That the processes and the strategy are those that were asked for: accelerate falls back in silence. Raises UserError."""
     asked = int(os.environ.get("WORLD_SIZE", 1))
     # `accelerate launch --num_processes 2` starts one process where it finds no GPU; its environment gives it away.
@@ -83,7 +85,7 @@ def check_launch(accelerator):
         raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")
 
 
-def describe_strategy(accelerator):
+def describe_strategy(accelerator) -> dict:
     """{"strategy": ..., and "processes": ... where each of them holds a part of the optimizer's state}"""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return {"strategy": f"ZeRO-{accelerator.deepspeed_plugin.zero_stage}", "processes": accelerator.num_processes}
@@ -113,7 +115,7 @@ class Stopped(Exception):
 _stop = SimpleNamespace(signal=None, group=None, parent=None)
 
 
-def watch_for_stop(accelerator):
+def watch_for_stop(accelerator: Accelerator):
     """From now on SIGTERM and SIGINT end nothing by themselves: `stop_if_asked` does. Every process must call it."""
 
     def remember(number, frame):
@@ -144,7 +146,7 @@ def leave_signals_to_the_main_process(worker):
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
-def make_writable(folder):
+def make_writable(folder: Path):
     """Make a folder, and see that a file can be written into it before hours of work depend on that. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,7 @@ def make_writable(folder):
         raise UserError(f"--output_dir {folder}: cannot be written: {error.strerror}") from None
 
 
-def check_shared(accelerator, folder):
+def check_shared(accelerator: Accelerator, folder: Path):
     """See that every machine has the same folder: all processes write parts of a checkpoint. Raises UserError."""
     mark = folder / ".shared"
     if accelerator.is_main_process:
@@ -167,7 +169,7 @@ def check_shared(accelerator, folder):
         mark.unlink()
 
 
-def finish(accelerator):
+def finish(accelerator: Accelerator):
     """Close the trackers and leave the process group. Every process must call it."""
     # Without this barrier a launch now and then hangs at its end: to let go of the tensors of the last gather, a thread of gloo's
     # needs the interpreter's lock, while the interpreter, holding it, waits for that thread. At a barrier the lock is free.

@@ -4,6 +4,7 @@ N queries, C candidates (of the longest list). One candidate of a query is the r
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 from transformers import EvalPrediction
 
 TOP_K = (1, 4, 5, 10, 20, 50, 100)
@@ -27,7 +28,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return metrics
 
 
-def ranks_of_relevant(scores, labels):
+def ranks_of_relevant(scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Rank of the relevant candidate of each query: float64 (N,), from 1; inf where it is not among the candidates.
 
     rank = 1 + the number of other candidates that score at least as high. So a tie counts against the model, the order of
@@ -61,7 +62,7 @@ def ranks_of_relevant(scores, labels):
     return ranks
 
 
-def best_first(scores, label):
+def best_first(scores: np.ndarray, label: int) -> np.ndarray:
     """The columns of one query's candidates in order: int64 (C,). Among equals the relevant one is last, and so at its rank.
 
     scores: float (C,), without padding. label: the column of the relevant candidate, -1 if it is missing.
@@ -69,12 +70,12 @@ def best_first(scores, label):
     return np.lexsort((np.arange(len(scores)) == label, -scores))
 
 
-def recall_at(k, ranks):
+def recall_at(k: int, ranks: np.ndarray) -> np.ndarray:
     """1.0 where rank <= k, else 0.0: float64 (N,). With one relevant candidate a query, recall is the hit rate."""
     return (ranks <= k).astype(np.float64)
 
 
-def reciprocal_rank_at(k, ranks):
+def reciprocal_rank_at(k: int, ranks: np.ndarray) -> np.ndarray:
     """1/rank where rank <= k, else 0.0: float64 (N,). Its mean is MRR@k (Craswell, "Mean Reciprocal Rank", Encyclopedia of
     Database Systems, 2009)."""
     return np.where(ranks <= k, 1 / ranks, 0.0)

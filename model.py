@@ -8,6 +8,7 @@ become scores. train.py and evaluate.py know of neither.
 
 import json
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -108,7 +109,7 @@ class DualEncoder(PreTrainedModel):
         return functional.normalize(self.head(features.to(pixel_values.dtype)).float(), dim=1)
 
 
-def pool_all_levels(backbone, pixel_values):
+def pool_all_levels(backbone: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) to float32 (B, F): mean and deviation over the image of each level, and what the backbone pools itself.
 
     A style shows in ink, strokes and corners more than in what is drawn: in the early levels, some of which a norm further on
@@ -126,7 +127,7 @@ def pool_all_levels(backbone, pixel_values):
     return torch.cat(pooled, dim=1)
 
 
-def cosine(a, b):
+def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Cosine of embeddings of length 1: float32 (..., D) and (..., D) to (...).
 
     A product and a sum rather than a matrix product: autocast leaves them in float32 (in bfloat16 many scores would be tied),
@@ -135,7 +136,7 @@ def cosine(a, b):
     return (a * b).sum(-1)
 
 
-def rerank_scores(outputs, queries, candidates):
+def rerank_scores(outputs: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     """From an evaluation's outputs, float32 (M, D), to scores, float32 (N, C) padded with -inf.
 
     queries: int (N,), candidates: int (N, C) padded with -1; both say which of the M inputs.
@@ -148,7 +149,7 @@ def rerank_scores(outputs, queries, candidates):
     return scores
 
 
-def load_model(model_name_or_path):
+def load_model(model_name_or_path: str | Path | None) -> DualEncoder:
     """A DualEncoder. From None: small, untrained; else a folder that train.py saved, or any vision model, local or on the hub.
 
     Weights are read from safetensors only, and no code that comes with them is run. Raises OSError, or ValueError for a model

@@ -53,7 +53,7 @@ def main():
     build(parser.parse_args().data_dir)
 
 
-def build(data_dir, progress=True):
+def build(data_dir: str | Path, progress: bool = True):
     """Write the whole data set to `data_dir` (the layout is told in data.py).
 
     It is written beside `data_dir` and renamed when whole, so that an interrupted build is never taken for a data set.
@@ -94,7 +94,7 @@ def read_icons():
     """Return {(style, name without the style's suffix): (font file, code point)}, in a fixed order."""
     # The package is found, not imported: importing it asks for Qt.
     package = importlib.util.find_spec("qtawesome")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("the default data is drawn from the fonts of the package qtawesome: pip install qtawesome")
     folder = Path(package.submodule_search_locations[0]) / "fonts"
     icons = {}

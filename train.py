@@ -12,20 +12,22 @@ EDIT HERE for another task: the loss, one line of train_step. What a row is stan
 B micro-batch of one process, G global batch = B x processes x accumulation, update = one step of the optimizer.
 """
 
+import argparse
 import importlib.metadata
 import math
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 import gallery
 import sample_data
@@ -46,39 +48,44 @@ from launch import (
 )
 from metrics import compute_metrics
 from model import load_model
-from tracking import JsonlTracker, closing_table, first_line, show, start_trackers
+from tracking import closing_table, first_line, make_trackers, show, start_trackers
 
 DEFAULT_DATA_DIR = "default_data"
 
 
-def option(default, text):
-    return field(
-        default=default, metadata={"help": text, "metavar": "STR" if default is None else type(default).__name__.upper()}
-    )
+def option(default, text, **heading):
+    """A value of Config with its help; heading="...": it is the first one under that in --help."""
+    kind = str if default is None else type(default)
+    return field(default=default, metadata=heading | {"help": text, "type": kind, "metavar": kind.__name__.upper()})
 
 
 @dataclass(frozen=True)
 class Config:
     """Each value has its default here and nowhere else. Processes, strategy and precision are the launch's to say."""
 
-    # data
-    data_dir: str = option(DEFAULT_DATA_DIR, "data folder, laid out as data.py says; the default one is built when it is absent")
-    max_candidates: int = option(400, "rows with this many candidates or more are left out")
+    data_dir: str = option(
+        DEFAULT_DATA_DIR, "data folder, laid out as data.py says; the default one is built when it is absent", heading="data"
+    )
+    max_candidates: int = option(400, "rows with this many candidates or more are left out: searches that found far too much")
     num_negatives: int = option(
-        7, "candidates drawn for a row besides the relevant one, in training and in the shared evaluation"
+        7, "candidates drawn for a row besides the relevant one, in training and in the shared evaluation; each one costs time"
     )
     num_workers: int = option(
         0, "DataLoader workers per process; 0 is fastest while the decoded images fit in 2 GB, else about 4"
     )
-    # model
+
     model_name_or_path: str | None = option(
-        None, "a folder that train.py saved, or any transformers vision model, local or on the hub; none: a small one, untrained"
+        None,
+        "a folder that train.py saved, or any transformers vision model, local or on the hub; None: a small one, untrained",
+        heading="model",
     )
-    # optimization
-    num_epochs: int = option(2, "passes over train.csv")
-    max_steps: int = option(0, "stop after this many updates, and plan the learning rate for them; 0: as num_epochs says")
-    per_device_batch_size: int = option(16, "rows in a micro-batch of a process")
-    gradient_accumulation_steps: int = option(1, "micro-batches in an update")
+
+    num_epochs: int = option(2, "passes over train.csv; 2 take 3 minutes on two CPU cores", heading="optimization")
+    max_steps: int = option(
+        0, "stop after this many updates, and plan the learning rate for them, 20 for a trial; 0: as num_epochs says"
+    )
+    per_device_batch_size: int = option(16, "rows in a micro-batch of a process; more take memory in proportion")
+    gradient_accumulation_steps: int = option(1, "micro-batches in an update, for a global batch that the memory does not hold")
     learning_rate: float = option(
         4e-3, "the highest, after the warm-up; 4e-3 suits the small model, about 1e-5 to 1e-4 a pretrained one"
     )
@@ -86,22 +93,38 @@ class Config:
         0.1, "share of the updates over which the learning rate rises from 0; it then falls to 0 as a cosine"
     )
     weight_decay: float = option(0.05, "of AdamW, on matrices and kernels; biases, norms and scales have none")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm, lest one batch undo the others; 0: never")
     seed: int = option(0, "of the initial weights, the order of the rows and the drawn candidates")
-    # logging, evaluating, saving: counted in updates; all three also happen at the end
-    log_every: int = option(50, "updates between two lines of train/loss and its like; 0: only at the end")
+
+    log_every: int = option(
+        50,
+        "updates between two lines of train/loss and its like, for each of which the device waits; 0: only at the end",
+        heading="logging, evaluating, saving (counted in updates; all three also happen at the end)",
+    )
     eval_every: int = option(500, "updates between two evaluations, both ways; 0: only before the first update and at the end")
-    per_device_eval_batch_size: int = option(64, "inputs in a batch of an evaluation, on a process")
+    per_device_eval_batch_size: int = option(64, "inputs in a batch of an evaluation, on a process; no gradients, so more fit")
     save_every: int = option(200, "updates between two checkpoints, from which an interrupted run goes on; 0: only at the end")
     save_total_limit: int = option(2, "checkpoints that are kept, the newest ones; 0: all")
-    best_metric: str = option("min:eval/loss", "what output_dir/best is the best of: min: or max:, then any name in the log")
-    output_dir: str = option("output", "where everything goes; a run that is there and was interrupted goes on")
+    best_metric: str = option(
+        "min:eval/loss",
+        "what output_dir/best is the best of: min: or max:, then any name in the log; with one of rerank/ the number that is "
+        "reported would be chosen on its own queries",
+    )
+
+    output_dir: str = option(
+        "output", "where everything goes; a run that is there and was interrupted goes on", heading="where to"
+    )
     resume: str = option("auto", "auto: from the newest whole checkpoint in output_dir; never; or a checkpoint's folder")
-    project: str = option("match-element", "project in the tracker")
+    report_to: str = option(
+        "wandb",
+        "trackers, besides output_dir/log.jsonl: any that accelerate knows, with commas between (wandb,tensorboard), or none",
+    )
+    project: str = option("match-element", "project in the trackers")
 
 
 # What may differ between the parts of an interrupted run: it changes no number.
-WITHOUT_EFFECT = ("data_dir", "num_workers", "log_every", "save_every", "save_total_limit", "output_dir", "resume", "project")
+WITHOUT_EFFECT = ("data_dir", "num_workers", "log_every", "save_every", "save_total_limit", "output_dir", "resume", "report_to")
+WITHOUT_EFFECT += ("project",)
 
 
 @dataclass
@@ -112,7 +135,7 @@ class TrainState:
     training_config: dict  # what save_model puts beside the weights
     depends_on: dict  # what the numbers depend on, for the checkpoints
     versions: dict
-    name_row: object  # row of train.csv -> its name in messages
+    name_row: Callable[[int], str]  # row of train.csv -> its name in messages
     # since the last look at the losses: (step, learning rate, index (B,), weight (B,), losses (B,)) of each micro-batch
     window: list = field(default_factory=list)
     window_began: float = field(default_factory=time.perf_counter)
@@ -147,7 +170,8 @@ def main():
     accelerator = make_accelerator(
         max_grad_norm=config.max_grad_norm,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=[JsonlTracker(Path(config.output_dir) / "log.jsonl"), "wandb"],
+        log_with=make_trackers(config),
+        project_dir=config.output_dir,
     )
     set_seed(config.seed)  # the same on every process: all begin with the same weights
     make_output_dir(accelerator, config)
@@ -156,6 +180,7 @@ def main():
         model = load_model(config.model_name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {config.model_name_or_path}: {' '.join(str(error).split())}") from None
+    accelerator.print(f"reading {config.data_dir}: each row and image is checked before training begins")
     datasets = read_datasets(config, model, ("train", "eval", "test_vocabulary"))
     state = make_state(accelerator, config, datasets)
     checkpoint = find_checkpoint(accelerator, config, state)
@@ -164,9 +189,13 @@ def main():
         return finish(accelerator)
     if checkpoint is not None:
         model = load_model(checkpoint)
+    accelerator.print(
+        f"{state.num_updates} updates on {len(datasets[0])} rows; everything goes to {config.output_dir}/; "
+        "Ctrl+C saves and ends, and the same command goes on"
+    )
     start_trackers(accelerator, config, state, datasets)
     try:
-        train(accelerator, config, model, state, checkpoint, *datasets, compute_metrics)
+        train(accelerator, config, model, state, checkpoint, *datasets, compute_metrics=compute_metrics)
     except Stopped:
         accelerator.print(
             f"\nstopped, as asked, after update {state.step}, which is in {config.output_dir}/checkpoints: "
@@ -213,7 +242,7 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, eval_dat
     )
     try:
         if not state.done:  # before the first update, or where an evaluation was interrupted
-            maybe_log_save_evaluate(*evaluation)
+            show(accelerator, progress, state, maybe_log_save_evaluate(*evaluation))
         model.train()
         for batch in train_dataloader:
             # A micro-batch. At the last one of an update gradients meet the other processes', and only then do step and zero_grad
@@ -254,7 +283,7 @@ def train_step(accelerator, model, batch):
     return index, weight, losses.detach()
 
 
-def learning_rate_at(step, num_updates, config):
+def learning_rate_at(step: int, num_updates: int, config: Config) -> float:
     """Of update `step` (from 0): linear from 0 to config.learning_rate, then half a cosine to 0, however many processes."""
     warmup = max(1, round(config.warmup_ratio * num_updates))
     if step < warmup:
@@ -262,20 +291,17 @@ def learning_rate_at(step, num_updates, config):
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_updates - warmup)))
 
 
-def parameter_groups(model, weight_decay):
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Matrices and kernels decay; biases, norms and scales, which have fewer than two dimensions, do not."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def read_config(arguments):
+def read_config(arguments: list[str]) -> Config:
     """Config from flags; `--config FILE` names a YAML of them, over which the flags of the command line go. Raises UserError."""
-    parser = HfArgumentParser(
-        Config, description="Train a dual encoder to rank design elements by how well they fit a page.", allow_abbrev=False
-    )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of these options, without the dashes")
-    file = parser.parse_known_args(arguments)[0].config
+    parser = make_parser()
+    file = vars(parser.parse_known_args(arguments)[0]).get("config")
     if file is not None:
         try:
             values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
@@ -285,9 +311,10 @@ def read_config(arguments):
             raise UserError(f"--config {file}: expected lines of the form `option: value`")
         # As flags before the others, so that a value is read and checked in one way wherever it stands, and the last one counts.
         arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))] + arguments
-    config, _, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    found, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(f"there is no such option: {' '.join(unknown)}; --help lists them")
+    config = Config(**{name: value for name, value in vars(found).items() if name != "config"})
     problems = [
         f"--{name} is {value}, it must be {'at least' if least in (0, 1) else 'above'} {least}"
         for least, names in AT_LEAST.items()
@@ -302,6 +329,24 @@ def read_config(arguments):
     return config
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The options are the values of Config, under its headings."""
+    parser = argparse.ArgumentParser(
+        usage="accelerate launch --config_file accelerate_config/cpu.yaml train.py [--config FILE] [--OPTION VALUE ...]",
+        description="Train a dual encoder to rank design elements by how well they fit a page.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="a YAML of these options, without the dashes")
+    group = parser
+    for each in fields(Config):
+        how = dict(each.metadata)
+        if "heading" in how:
+            group = parser.add_argument_group(how.pop("heading"))
+        group.add_argument(f"--{each.name}", default=each.default, **how)
+    return parser
+
+
 AT_LEAST = {
     0: ("max_steps", "num_workers", "learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm", "seed")
     + ("log_every", "eval_every", "save_every", "save_total_limit"),
@@ -310,7 +355,7 @@ AT_LEAST = {
 }
 
 
-def make_output_dir(accelerator, config):
+def make_output_dir(accelerator: Accelerator, config: Config):
     """Make the folder, and see that all can write to it and that --resume allows what is in it. Raises UserError."""
     folder = Path(config.output_dir)
     if config.resume not in ("auto", "never") and not (Path(config.resume) / MANIFEST).is_file():
@@ -323,17 +368,18 @@ def make_output_dir(accelerator, config):
     check_shared(accelerator, folder)
 
 
-def build_default_data(accelerator, config):
+def build_default_data(accelerator: Accelerator, config: Config):
     """Build the default data where it is absent, once on each machine. A folder that the user names must be there."""
     if config.data_dir == DEFAULT_DATA_DIR:
         with accelerator.local_main_process_first():
             if accelerator.is_local_main_process and not Path(config.data_dir).exists():
+                print(f"building the default data, once: 25,000 small images in {config.data_dir}/, about 20 seconds", flush=True)
                 sample_data.build(config.data_dir)
     if not Path(config.data_dir).is_dir():
         raise UserError(f"--data_dir {config.data_dir}: there is no such folder")
 
 
-def make_state(accelerator, config, datasets):
+def make_state(accelerator: Accelerator, config: Config, datasets) -> TrainState:
     """The state before the first update. Raises UserError."""
     num_rows = len(datasets[0])
     global_batch_size = config.per_device_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
@@ -354,7 +400,7 @@ def make_state(accelerator, config, datasets):
     )
 
 
-def find_checkpoint(accelerator, config, state):
+def find_checkpoint(accelerator: Accelerator, config: Config, state: TrainState) -> Path | None:
     """The checkpoint to go on from, as --resume says, or None; `state` becomes what it holds. Raises UserError."""
     folder = Path(config.output_dir)
     if config.resume == "auto":

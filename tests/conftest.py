@@ -30,6 +30,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in long]
 
 
+def pytest_runtest_setup(item):
+    launch.is_for = item
+
+
 @pytest.fixture
 def data_dir(tmp_path):
     return write_data(tmp_path / "data")
@@ -99,6 +103,7 @@ def launch(
     config: the name of one in accelerate_config, or a path. check: fail, with the output, unless it ends well.
     Returns the CompletedProcess, stdout and stderr in one text.
     """
+    assert launch.is_for.get_closest_marker("slow"), "mark this test slow: it launches processes"
     command = launch_command(
         script,
         *arguments,

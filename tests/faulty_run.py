@@ -21,6 +21,7 @@ import train
 from data import read_datasets
 from launch import errors_in_one_line, finish, make_accelerator
 from metrics import compute_metrics
+from tracking import JsonlTracker
 
 
 def main():
@@ -34,7 +35,7 @@ def main():
             values.clear()
         faulty = dataclasses.replace(config, output_dir=str(folder / "output"))
         train.make_output_dir(accelerator, faulty)
-        accelerator.trackers = [train.JsonlTracker(folder / "output" / "log.jsonl")]
+        accelerator.trackers = [JsonlTracker(folder / "output" / "log.jsonl")]
         if accelerator.is_main_process:
             accelerator.trackers[0].store_init_configuration({"config": dataclasses.asdict(faulty)})
         set_seed(config.seed)

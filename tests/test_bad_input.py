@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import train
-from data import UserError, decode_image, find_image, parse_keys, parse_literal, read_rows
+from data import UserError, as_keys, decode_image, find_image, parse_literal, read_rows
 
 EXAMPLES = settings(max_examples=100, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck))
 ROW = ["word", "1", "1", "page", "key", "['key']", "[64, 64]", "[0, 0, 1, 1]"]
@@ -61,7 +61,7 @@ def test_cells(text):
 @EXAMPLES
 @given(LITERALS)
 def test_lists_of_keys(value):
-    found, message = refusal(parse_keys, repr(value), kind=ValueError)
+    found, message = refusal(as_keys, value, kind=ValueError)
     keys = isinstance(value, (list, tuple)) and all(isinstance(key, (str, int)) for key in value)
     assert (message is None) == (value is None or keys)
     if keys:

@@ -2,8 +2,12 @@
 
 import ast
 import re
+import shlex
 
+from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY
+
+import train
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 REVIEW = (REPOSITORY / "REVIEW.md").read_text(encoding="utf-8")
@@ -45,3 +49,96 @@ def test_the_review_guide_names_what_exists():
             assert name in code | {"prepare", "forward"}, name
         caught = caught.strip("| ")
         assert caught == "by reading" or set(re.findall(r"`(\w+)`", caught)) <= tests, caught
+
+
+# ---- commands: those in a block of the README are run, the others validated
+
+DOCUMENTS = [
+    REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "train.py", "evaluate.py", "sample_data.py", "sweep.yaml")
+]
+DOCUMENTS += [*(REPOSITORY / "accelerate_config").iterdir(), REPOSITORY / "tests" / "kill_test.py"]
+
+
+def test_each_block_of_the_readme_is_run():
+    runners = [(REPOSITORY / path).read_text(encoding="utf-8") for path in (".ci/run", "tests/test_main_job.py")]
+    for marker in re.findall(r"^(.*)\n```bash", README, re.MULTILINE):
+        assert re.fullmatch("<!-- .* -->", marker) and any(marker in runner for runner in runners), marker
+
+
+def commands():
+    """[(document, words)]: what is in a block, in backquotes, or indented in a comment, and begins with a program."""
+    found = []
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        spans = re.findall(r"`([^`\n]+)`", text) if path.suffix == ".md" else []
+        indented = re.findall(r"^(?:#  |    ) *((?:accelerate|python|sbatch|wandb) [\w\"].*)", text, re.MULTILINE)
+        printed = re.findall(r"^to .*: +(accelerate .*)", text, re.MULTILINE)  # at the end of a run
+        for line in [*re.split(r"\n| && ", "\n".join(blocks)), *spans, *indented, *printed]:
+            words = shlex.split(re.sub(r" # .*| +\.\.\.$", "", line).replace(".venv/bin/", ""))
+            if len(words) > 1 and words[0] in PROGRAMS:
+                found.append((path.name, words))
+    return found
+
+
+def check_files(words):
+    for word in words:
+        assert not re.search(r"\.(py|yaml|txt|sbatch)$|/run$", word) or (REPOSITORY / word).is_file(), f"there is no {word}"
+
+
+def check_accelerate(words):
+    assert words[0] == "launch"
+    words = [word.replace("NAME.yaml", "cpu.yaml") for word in words[1:]]
+    script = next((number for number, word in enumerate(words) if word.endswith(".py")), len(words))
+    check_files(words[:script])
+    launch_command_parser().parse_args([*words[:script], "train.py"])
+    check_python(words[script:])
+
+
+def check_python(words):
+    check_files(words[:1])
+    if words[:1] == ["train.py"]:
+        # run.yaml is the reader's to write, and --help ends the program.
+        train.read_config([word for word in words[1:] if word not in ("--config", "run.yaml", "--help")])
+    elif words and words[0].endswith(".py"):
+        source = (REPOSITORY / words[0]).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in source for word in words if word.startswith("--")), "no such option"
+
+
+def check_pip(words):
+    check_files(words)
+    pins = (REPOSITORY / "tests" / "requirements.txt").read_text(encoding="utf-8").split()
+    assert words[0] == "install" and all(word in pins for word in words if "==" in word), "another version than in the tests"
+
+
+PROGRAMS = {
+    "accelerate": check_accelerate,
+    "python": check_python,
+    "python3": check_python,
+    "train.py": lambda words: check_python(["train.py", *words]),
+    "sbatch": lambda words: check_python(["train.py", *words[1:]]),  # the script itself: test_the_slurm_script
+    "pip": check_pip,
+    "wandb": check_files,
+    "bash": check_files,
+    "ruff": check_files,  # test_nothing_to_mend
+    "pyrefly": check_files,
+    "grep": check_files,  # test_the_places_to_edit_are_marked
+}
+
+
+def test_other_commands_are_accepted(pytestconfig):
+    """Their files exist, and accelerate, train.py, or pytest takes their options."""
+    found = commands()
+    assert {words[0] for _, words in found} == set(PROGRAMS)
+    for document, (program, *words) in found:
+        try:
+            PROGRAMS[program](words)
+            for option in words if words[:2] == ["-m", "pytest"] else []:
+                if option.startswith("-"):
+                    pytestconfig.getoption(option)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{document}: {program} {shlex.join(words)}: {error}") from error
+    for option in re.findall(r"`(--[\w-]+)", README):
+        assert (
+            option[2:] in train.Config.__dataclass_fields__ or option == "--config" or pytestconfig.getoption(option) is not None
+        )

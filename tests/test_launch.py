@@ -26,6 +26,7 @@ def test_each_config_says_when_and_how(path):
     assert path.stem in ("cpu", "cpu_2_processes", "single_gpu") or ("Memory of" in comment and "Traffic of" in comment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "environment", "message"),
     [
@@ -48,10 +49,12 @@ def test_machines_that_do_not_share_a_disk(tmp_path):
         check_shared(other, tmp_path)
 
 
+@pytest.mark.slow
 def test_fp16_needs_a_gpu(tmp_path):
     assert "fp16 needs a GPU" in refused("train.py", "--output_dir", tmp_path / "output", mixed_precision="fp16", config=None)
 
 
+@pytest.mark.slow
 def test_deepspeed_is_told_one_thing_only(tmp_path):
     config = (REPOSITORY / "accelerate_config" / "zero1.yaml").read_text(encoding="utf-8")
     (tmp_path / "zero1.yaml").write_text(config.replace("zero_stage: 1", "zero_stage: 1\n  gradient_clipping: 0.5"))
@@ -60,12 +63,14 @@ def test_deepspeed_is_told_one_thing_only(tmp_path):
     assert "the DeepSpeed config has gradient_clipping 0.5, the command 1.0" in message
 
 
+@pytest.mark.slow
 def test_evaluate_is_not_for_deepspeed(tmp_path):
     (tmp_path / "training_config.json").write_text('{"mixed_precision": "no", "per_device_eval_batch_size": 1}')
     message = refused("evaluate.py", "--model_dir", tmp_path, config="zero2", mixed_precision="no")
     assert "to evaluate launch with cpu, single_gpu or multi_gpu.yaml" in message
 
 
+@pytest.mark.slow
 def test_bf16(data, tmp_path, tiny_model):
     """Under FSDP2, which would else hand out scores and losses in bfloat16. Under one process tests/test_train.py has it."""
     launch(
@@ -83,6 +88,7 @@ def test_bf16(data, tmp_path, tiny_model):
     assert len(digits) > 100  # bfloat16 has three
 
 
+@pytest.mark.slow
 def test_the_slurm_script(data, tmp_path):
     """As Slurm would run it on two machines of one GPU each: srun starts the command on both, with its number."""
     for name, text in {

@@ -3,27 +3,33 @@
 import re
 import shlex
 
+import pytest
 from conftest import REPOSITORY, column, launch, read_log
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
+def arguments_of(marker, script):
+    """What the README's command after <!-- marker --> gives to a script that it launches."""
+    words = shlex.split(README.split(f"{marker}\n```bash\n")[1].split("\n```")[0])
+    first = words.index(script)
+    assert words[first - 4 : first] == [".venv/bin/accelerate", "launch", "--config_file", "accelerate_config/cpu.yaml"]
+    return words[first + 1 :]
+
+
+@pytest.mark.slow
 def test_the_default_run_learns(tmp_path):
-    """The README's command, in an empty folder: it builds the data, trains, and reaches what is promised."""
-    command = re.search(r"<!-- main job -->\n```bash\n(.*)\n```", README)[1]
-    assert shlex.split(command)[-5:] == [
-        ".venv/bin/accelerate",
-        "launch",
-        "--config_file",
-        "accelerate_config/cpu.yaml",
-        "train.py",
-    ]
-    launch("train.py", config="cpu", cwd=tmp_path, wandb=True)
+    """The README's commands, in an empty folder: they build the data, train, reach what is promised, and evaluate it again."""
+    launch("train.py", *arguments_of("<!-- main job -->", "train.py"), cwd=tmp_path, wandb=True)
     first, lines = read_log(tmp_path / "output")
     assert first["data"]["default_data/csv/test_vocabulary.csv"] == {"used": 500, "no_candidates": 5, "too_many_candidates": 5}
     last = lines[-1]["step"]
     for name, least in (("rerank/Recall@1", 0.62), ("rerank/MRR@100", 0.73)):
         assert column(lines, name)[0] < 0.4 and column(lines, name)[last] >= least
+    done = launch("evaluate.py", *arguments_of("<!-- evaluate -->", "evaluate.py"), cwd=tmp_path)
+    losses = column(lines, "eval/loss")
+    best = column(lines, "rerank/MRR@100")[min(losses, key=losses.get)]
+    assert f"{'rerank/MRR@100':<20}{best:10.6f}" in done.stdout
 
 
 def test_the_file_map_is_the_repository():
@@ -39,8 +45,8 @@ def test_arrows_go_one_way():
         & set(re.findall(r"^(?:import|from) (\w+)", (REPOSITORY / f"{name}.py").read_text(encoding="utf-8"), re.MULTILINE))
         for name in ours
     }
-    assert not imports["metrics"] and not imports["data"] and not imports["model"] and not imports["tracking"]
-    assert imports["checkpoint"] == {"data"}
+    assert not imports["metrics"] and not imports["data"] and not imports["model"]
+    assert imports["checkpoint"] == imports["tracking"] == {"data"}
     assert imports["evaluate"] == {"metrics", "data", "model", "checkpoint", "launch", "gallery", "tracking"}
     assert imports["gallery"] == {"metrics", "data", "tracking"}
     assert not any("train" in imported for imported in imports.values())

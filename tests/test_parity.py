@@ -48,6 +48,7 @@ WAYS = {  # name in the README's table -> (config, what the log calls the strate
     "ZeRO-3, 2 machines × 1, accumulation 2": ("two_machines_zero3", "DEEPSPEED", 2, 2),
     "FSDP2 × 2": ("fsdp2", "FSDP", 2, 1),
 }
+pytestmark = pytest.mark.slow
 SHORT = ("1 process", "DDP × 2", "ZeRO-3, 2 machines × 1, accumulation 2", "FSDP2 × 2")  # the others with --all
 EACH_WAY = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in WAYS])
 # What may differ from one process, at most. loss, learning_rate: relative, of any update; weights: the distance between the two

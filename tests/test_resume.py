@@ -64,6 +64,7 @@ def assert_the_same_run(folder, uninterrupted, last=20):
     }
 
 
+@pytest.mark.slow
 def test_interrupted_again_and_again(start, uninterrupted, tmp_path):
     """Killed in saves; asked to end in the middle of an accumulation window, in an evaluation and in a save: the run ends with
     the bits of the one that was not interrupted."""
@@ -91,6 +92,7 @@ def test_interrupted_again_and_again(start, uninterrupted, tmp_path):
     assert finished == {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["zero3", "fsdp2"])
 def test_every_strategy_goes_on(config, start, tmp_path):
@@ -103,6 +105,7 @@ def test_every_strategy_goes_on(config, start, tmp_path):
     assert_the_same_run(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_one_process_that_dies_ends_the_others(start, tmp_path):
     done = start(tmp_path / "output", at="train_step 9 1", what="DIE")
     died = float(re.search(r"interrupted at (\S+)", done.stdout)[1])
@@ -110,6 +113,7 @@ def test_one_process_that_dies_ends_the_others(start, tmp_path):
     assert done.stdout.count("another process ended") == 1 and "Traceback" not in done.stdout.split("another process")[0]
 
 
+@pytest.mark.slow
 def test_processes_without_a_launcher_end(start, tmp_path):
     """As after SIGUSR1 or SIGKILL to `accelerate launch`: they save, and end by themselves."""
     done = start(tmp_path / "output", at="train_step 11 0", what="ORPHAN")  # returns once the last of them is gone
@@ -136,6 +140,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "it ran").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(start, tmp_path):
     folder = tmp_path / "output"
     done = start(folder, at="flush 20 0", what="FULL")  # in the save of update 8
@@ -161,6 +166,7 @@ def flip_a_byte(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, capsys):
     for number, (damage, apply) in enumerate(DAMAGES.items()):
         folder = tmp_path / str(number)
@@ -171,6 +177,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, capsys):
         assert "step_00000020 is damaged, so it is passed over" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_going_on_with_another_number_of_processes(start, uninterrupted, tmp_path):
     """At the same global batch: the same rows in the same order."""
     folder = tmp_path / "output"
@@ -183,6 +190,7 @@ def test_going_on_with_another_number_of_processes(start, uninterrupted, tmp_pat
     assert column(read_log(folder)[1], "train/learning_rate") == column(read_log(uninterrupted)[1], "train/learning_rate")
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_going_on_in_another_folder(start, uninterrupted, tmp_path):
     folder = tmp_path / "output"
@@ -192,6 +200,7 @@ def test_going_on_in_another_folder(start, uninterrupted, tmp_path):
     assert read_log(folder)[1][-1]["eval/loss"] == read_log(uninterrupted)[1][-1]["eval/loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

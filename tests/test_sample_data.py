@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import itertools
 
 import pytest
 from conftest import read_csv
@@ -32,6 +33,7 @@ def digest(folder):
     return hashlib.sha256(b"".join(str(path.relative_to(folder)).encode() + path.read_bytes() for path in files)).hexdigest()
 
 
+@pytest.mark.slow
 def test_the_same_bytes_on_every_run(built, tmp_path):
     sample_data.build(tmp_path / "again", progress=False)
     assert digest(tmp_path / "again") == digest(built)
@@ -42,17 +44,21 @@ def test_an_interrupted_build_is_not_a_data_set(tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
+    few = dict(itertools.islice(sample_data.read_icons().items(), 50))
+    monkeypatch.setattr(sample_data, "read_icons", lambda: few)
     monkeypatch.setattr(sample_data, "compose_pages", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample_data.build(tmp_path / "data", progress=False)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_is_never_overwritten(built):
     with pytest.raises(FileExistsError):
         sample_data.build(built)
 
 
+@pytest.mark.slow
 def test_words_and_elements_of_the_test_are_in_no_other_split(rows):
     usable = {split: [row for row in rows[split] if 0 < len(row["keys"]) < 400] for split in SPLITS}
     assert {split: len(of_split) for split, of_split in usable.items()} == sample_data.PAGES
@@ -62,6 +68,7 @@ def test_words_and_elements_of_the_test_are_in_no_other_split(rows):
         assert not {key for row in rows[one] for key in row["keys"]} & {key for row in rows[other] for key in row["keys"]}
 
 
+@pytest.mark.slow
 def test_one_candidate_has_the_style_of_the_page_and_the_word(rows):
     for row in rows["test_vocabulary"]:
         style = row["resourceKey"].split("_")[0]
@@ -71,12 +78,14 @@ def test_one_candidate_has_the_style_of_the_page_and_the_word(rows):
             assert all(row["search_word"] in key.split("_")[1].split("-") for key in row["keys"])
 
 
+@pytest.mark.slow
 def test_odd_rows(rows):
     for split in SPLITS:
         assert sum(not row["keys"] for row in rows[split]) == sample_data.ODD_ROWS
         assert sum(len(row["keys"]) >= 400 for row in rows[split]) == sample_data.ODD_ROWS
 
 
+@pytest.mark.slow
 def test_images(built, rows):
     modes = {Image.open(path).mode for path in (built / "elements").iterdir()}
     assert modes == {"L", "LA"}  # half of them are transparent

@@ -49,6 +49,7 @@ def two(data, tmp_path_factory):
     return run(data, tmp_path_factory.mktemp("two") / "output", batch=4, config="cpu_2_processes", processes=2)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(one):
     files = {"log.jsonl", "metric.csv", "contact_sheet.png", "curves.png"}
     assert {path.name for path in one.folder.iterdir()} == files | {"best", "checkpoints", "wandb"}
@@ -69,6 +70,7 @@ def test_what_a_run_leaves(one):
     assert "wandb sync" in one.text
 
 
+@pytest.mark.slow
 def test_the_order_of_calls_is_the_documented_one(one, two):
     update = ["maybe_log_save_evaluate"]
     evaluation = [
@@ -92,6 +94,7 @@ def test_the_order_of_calls_is_the_documented_one(one, two):
     assert table == ["_maybe_log_save_evaluate", *(name for name in evaluation[4:] if name != "get_eval_dataloader")]
 
 
+@pytest.mark.slow
 def test_two_processes_are_two(one, two):
     assert two.log[0]["processes"] == 2 and one.log[0]["processes"] == 1
     assert two.log[0]["strategy"] == "MULTI_CPU"
@@ -100,6 +103,7 @@ def test_two_processes_are_two(one, two):
     assert two.text.count("12 updates of 8 rows") == 1  # the main process alone prints
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_numbers_of_training(two, data, tmp_path):
     """On one process and on two, to the last bit, metric.csv and the pictures included."""
     model = two.folder / "checkpoints" / "step_00000012"
@@ -118,6 +122,7 @@ def test_evaluate_gives_the_numbers_of_training(two, data, tmp_path):
         assert one == two_processes and (name == "gallery.html" or one == (two.folder / name).read_bytes())
 
 
+@pytest.mark.slow
 def test_the_shared_evaluation_by_brute_force(one, data):
     config = Namespace(data_dir=data, max_candidates=400, num_negatives=3, seed=0)
     dataset, _ = read_datasets(config, MODEL, ("eval", "test_vocabulary"))
@@ -135,6 +140,7 @@ def test_the_shared_evaluation_by_brute_force(one, data):
     assert logged["eval/Recall@1"] == np.mean(hits)
 
 
+@pytest.mark.slow
 def test_metric_csv(one, data):
     table = pandas.read_csv(one.folder / "metric.csv")
     source = pandas.read_csv(data / "csv" / "test_vocabulary.csv")
@@ -176,6 +182,7 @@ def wandb_records(path):
             parts = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline_holds_what_log_jsonl_holds(two):
     (path,) = (two.folder / "wandb").glob("offline-run-*/run-*.wandb")  # one run, of the main process
     history, config = {}, {}
@@ -200,6 +207,7 @@ def test_wandb_offline_holds_what_log_jsonl_holds(two):
 # ---- what goes wrong
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite(data, tmp_path):
     message = refused(
         "train.py",
@@ -212,6 +220,7 @@ def test_a_loss_that_is_not_finite(data, tmp_path):
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
+@pytest.mark.slow
 def test_bad_data_is_one_line_on_two_processes(tmp_path):
     data = write_data(tmp_path / "data")
     (data / "elements" / "element_1.png").write_bytes(b"broken")
@@ -219,6 +228,7 @@ def test_bad_data_is_one_line_on_two_processes(tmp_path):
     assert "element_1.png: cannot be read as an image" in message and "train.csv, row" in message
 
 
+@pytest.mark.slow
 def test_a_worker_meets_a_broken_image(tmp_path, monkeypatch):
     """Above the cache limit images are decoded by workers; what they raise is a line too."""
     data = write_data(tmp_path / "data")
@@ -231,6 +241,7 @@ def test_a_worker_meets_a_broken_image(tmp_path, monkeypatch):
     assert re.search(r"^error: .*train 7.png: cannot be read as an image", done.stdout, re.MULTILINE), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -246,6 +257,7 @@ def test_one_line_before_any_training(data, tmp_path, arguments, message):
     assert not list(tmp_path.glob("output/checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_bf16_and_no_config_file(data, tmp_path, tiny_model):
     launch(
         *("train.py", "--data_dir", data, "--output_dir", tmp_path / "output", "--max_steps", 2, "--per_device_batch_size", 8),
@@ -296,6 +308,22 @@ def test_config_from_yaml_and_flags(tmp_path):
 def test_config_that_cannot_be(arguments, message):
     with pytest.raises(UserError, match=message):
         train.read_config(arguments)
+
+
+def test_help_has_each_option_with_its_default_under_a_heading():
+    parts = re.split(r"^(\w.*):$", train.make_parser().format_help(), flags=re.MULTILINE)
+    assert parts[3::2] == ["data", "model", "optimization", parts[9], "where to"] and parts[9].startswith(
+        "logging, evaluating, saving"
+    )
+    for name, each in train.Config.__dataclass_fields__.items():
+        (part,) = [part for part in parts[4::2] if re.search(rf"^  --{name} [A-Z]", part, re.MULTILINE)]
+        assert f"(default: {each.default})" in " ".join(part.split(f"--{name} ")[1].split("  --")[0].split())
+
+
+def test_evaluate_refuses_an_empty_batch(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model_dir", str(tmp_path), "--per_device_batch_size", "0"])
+    with pytest.raises(UserError, match="--per_device_batch_size is 0, it must be at least 1"):
+        evaluate.main()
 
 
 def test_unknown_options_are_refused(tmp_path):

@@ -17,36 +17,40 @@ from metrics import TOP_K, compute_metrics
 def main():
     arguments = measure.arguments(__doc__)
     for queries, rounds in ((50, 1),) if arguments.small else ((10_000, 3), (1_000_000, 5)):
-        random = np.random.default_rng(0)
-        scores = random.random((queries, 100), dtype=np.float32)  # (N, 100)
-        labels = random.integers(0, 100, queries)  # (N,)
-        alternatives = {"metrics.py": lambda: ours(scores, labels), "one NumPy pass": lambda: numpy_pass(scores, labels)}
-        if queries <= 10_000:
-            keys = [f"key_{number:02d}" for number in range(100)]
-            frame = pandas.DataFrame({"score": scores.tolist(), "key": [keys] * queries, "relevant": [keys[i] for i in labels]})
-            alternatives["DataFrame, apply"] = lambda: with_apply(frame)
-            names = [str(number) for number in range(queries)]
-            run = {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, scores.tolist(), strict=True)}
-            qrels = {name: {keys[i]: 1} for name, i in zip(names, labels, strict=True)}
-            alternatives["pytrec_eval"] = lambda: with_pytrec_eval(run, qrels)
-            alternatives["ranx"] = ranx_alternative(run, qrels)
-            found = {name: evaluate() for name, evaluate in alternatives.items() if name != "one NumPy pass"}
-            for name, values in found.items():  # they agree, or the comparison is of nothing
-                assert np.allclose([values[k] for k in values], [found["metrics.py"][k] for k in values]), name
-        memory = {name: measure.peak_memory(run) for name, run in alternatives.items()}
-        seconds = measure.in_turn(alternatives, rounds)
-        rows = [
-            [
-                name,
-                f"{np.median(took) * 1000:,.1f}",
-                f"{measure.ratio(seconds, name, 'one NumPy pass'):,.2f}",
-                f"{measure.ratio(seconds, name, 'metrics.py'):,.2f}",
-                f"{memory[name] / scores.nbytes:.2f}",
-            ]
-            for name, took in seconds.items()
+        compare(queries, rounds)
+
+
+def compare(queries, rounds):
+    random = np.random.default_rng(0)
+    scores = random.random((queries, 100), dtype=np.float32)  # (N, 100)
+    labels = random.integers(0, 100, queries)  # (N,)
+    alternatives = {"metrics.py": lambda: ours(scores, labels), "one NumPy pass": lambda: numpy_pass(scores, labels)}
+    if queries <= 10_000:
+        keys = [f"key_{number:02d}" for number in range(100)]
+        frame = pandas.DataFrame({"score": scores.tolist(), "key": [keys] * queries, "relevant": [keys[i] for i in labels]})
+        alternatives["DataFrame, apply"] = lambda: with_apply(frame)
+        names = [str(number) for number in range(queries)]
+        run = {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, scores.tolist(), strict=True)}
+        qrels = {name: {keys[i]: 1} for name, i in zip(names, labels, strict=True)}
+        alternatives["pytrec_eval"] = lambda: with_pytrec_eval(run, qrels)
+        alternatives["ranx"] = ranx_alternative(run, qrels)
+        found = {name: evaluate() for name, evaluate in alternatives.items() if name != "one NumPy pass"}
+        for name, values in found.items():  # they agree, or the comparison is of nothing
+            assert np.allclose([values[k] for k in values], [found["metrics.py"][k] for k in values]), name
+    memory = {name: measure.peak_memory(run) for name, run in alternatives.items()}
+    seconds = measure.in_turn(alternatives, rounds)
+    rows = [
+        [
+            name,
+            f"{np.median(took) * 1000:,.1f}",
+            f"{measure.ratio(seconds, name, 'one NumPy pass'):,.2f}",
+            f"{measure.ratio(seconds, name, 'metrics.py'):,.2f}",
+            f"{memory[name] / scores.nbytes:.2f}",
         ]
-        header = ["", "ms", "× one NumPy pass", "× metrics.py", "extra memory, × the scores"]
-        measure.show_table(f"Recall@k and MRR@k of {queries:,} queries with 100 candidates", header, rows)
+        for name, took in seconds.items()
+    ]
+    header = ["", "ms", "× one NumPy pass", "× metrics.py", "extra memory, × the scores"]
+    measure.show_table(f"Recall@k and MRR@k of {queries:,} queries with 100 candidates", header, rows)
 
 
 def ours(scores, labels):

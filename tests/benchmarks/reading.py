@@ -2,8 +2,8 @@
 
     python tests/benchmarks/reading.py
 
-The lists are Python literals or JSON, and come back a hundred times each, as with a search word, or are all different. The images are
-few and small: decoding is in input_pipeline.py.
+The lists are Python literals or JSON, and come back a hundred times each, as with a search word, or are all different. The images
+are few and small: decoding is in input_pipeline.py.
 """
 
 import json

@@ -3,8 +3,8 @@
     python tests/benchmarks/rerank_evaluation.py
 
 It launches itself on one process and on two. The floor sends each distinct image through the model once, from memory, at the best
-batch size, divided among the processes, and does nothing else. Then how time and memory of ours grow with the queries over the same
-pages and elements.
+batch size, divided among the processes, and does nothing else. Then how time and memory of ours grow with the queries over the
+same pages and elements.
 """
 
 import contextlib

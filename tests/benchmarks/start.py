@@ -2,7 +2,7 @@
 
     python tests/benchmarks/start.py
 
-The evaluation before the first update is left out (--small data for it, of two rows, so that it takes no time): it is work, not start.
+The evaluation before the first update is of two rows here, and not counted: it is work, not start.
 """
 
 import os
@@ -72,8 +72,9 @@ def main():
 def run_train():
     """train.py, which prints how long each part took, and ends after the first update."""
     moments = [float(os.environ["BEGAN"]), time.time()]
-    import train
     from accelerate import Accelerator
+
+    import train
 
     moments.append(time.time())
 

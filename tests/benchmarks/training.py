@@ -2,8 +2,8 @@
 
     python tests/benchmarks/training.py
 
-The bare loop does the same arithmetic (forward, backward, clipping, learning rate, AdamW) and nothing else: no log, no checkpoint,
-no accelerate. It is run over the same DataLoader, and over batches that are in memory already, which is the floor.
+The bare loop does the same arithmetic (forward, backward, clipping, learning rate, AdamW) and nothing else: no log, no
+checkpoint, no accelerate. It is run over the same DataLoader, and over batches that are in memory already, which is the floor.
 """
 
 import contextlib
