@@ -310,7 +310,8 @@ def test_config_that_cannot_be(arguments, message):
         train.read_config(arguments)
 
 
-def test_help_has_each_option_with_its_default_under_a_heading():
+def test_help_has_each_option_with_its_default_under_a_heading(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     parts = re.split(r"^(\w.*):$", train.make_parser().format_help(), flags=re.MULTILINE)
     assert parts[3::2] == ["data", "model", "optimization", parts[9], "where to"] and parts[9].startswith(
         "logging, evaluating, saving"
