@@ -21,11 +21,12 @@ import argparse
 import csv
 import json
 import math
-import os
+import re
 import time
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ from checkpoint import TRAINING_CONFIG, save_checkpoint, save_model
 from data import UserError, full_batches, read_datasets, whole
 from launch import errors_in_one_line, finish, leave_signals_to_the_main_process, make_accelerator, make_writable, stop_if_asked
 from model import load_model, rerank_scores
-from tracking import log_picture
+from tracking import log_picture, open_whole
 
 
 def maybe_log_save_evaluate(accelerator, model, state, config, eval_dataset, rerank_dataset, compute_metrics):
@@ -196,6 +197,8 @@ def rerank_evaluate(accelerator, model, dataset, compute_metrics, config):
     if accelerator.is_main_process:
         write_metric_csv(Path(config.output_dir) / "metric.csv", dataset, output.predictions)
         gallery.draw(config, dataset, output.predictions)
+        if getattr(config, "trec_dir", None):  # training has no such option
+            write_trec(config.trec_dir, dataset, output.predictions)
     return prefixed("rerank", output.metrics)
 
 
@@ -284,8 +287,7 @@ def write_metric_csv(path, dataset, scores):
     }
     header = [*dataset.rows.columns, "candidate_resourceKey", "score", "sorted_score", "sorted_candidate_resourcekey", "rank"]
     header += [f"{name}@{k}" for name in columns for k in metrics.TOP_K]
-    unfinished = path.with_name(f".{path.name}-unfinished")
-    with open(unfinished, "w", newline="", encoding="utf-8") as file:
+    with open_whole(path) as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for row, (keys, label) in enumerate(zip(dataset.rows.candidates, dataset.labels.tolist(), strict=True)):
@@ -298,7 +300,28 @@ def write_metric_csv(path, dataset, scores):
                 + [json.dumps([keys[i] for i in order], ensure_ascii=False), f"{ranks[row]:g}"]
                 + [f"{values[row]:.17g}" for lists in columns.values() for values in lists]
             )
-    os.replace(unfinished, path)
+
+
+def write_trec(folder: Path, dataset, scores: np.ndarray):
+    """`run` and `qrels` in the format of trec_eval. A query is the number of its row in the CSV; keys have no white space there.
+
+    https://github.com/usnistgov/trec_eval
+    """
+    ranked, relevant = [], []
+    for row, (keys, label) in enumerate(zip(dataset.rows.candidates, dataset.labels.tolist(), strict=True)):
+        names = [
+            re.sub(r"[\s%]", lambda found: quote(found[0]), key) for key in (*keys, dataset.rows.columns["resourceKey"][row])
+        ]
+        query, above = dataset.rows.numbers[row], np.float32(np.inf)
+        for rank, column in enumerate(metrics.best_first(scores[row, : len(keys)], label), start=1):
+            # Such tools order by score, and among equals in ways of their own: here the next lower number parts them.
+            above = min(scores[row, column], np.nextafter(above, np.float32(-np.inf)))
+            ranked.append(f"{query} Q0 {names[column]} {rank} {above} train.py\n")
+        relevant.append(f"{query} 0 {names[-1]} 1\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in (("run", ranked), ("qrels", relevant)):
+        with open_whole(folder / name) as file:
+            file.writelines(lines)
 
 
 def main():
@@ -326,6 +349,7 @@ def main():
         metavar="INT",
         help="inputs in a batch, on a process (default: that of the training's evaluations)",
     )
+    parser.add_argument("--trec_dir", type=Path, help="also write `run` and `qrels` there, for trec_eval and its like")
     parser.add_argument("--gallery", action="store_true", help="also write gallery.html, all queries as pictures, for a browser")
     arguments = parser.parse_args()
     if getattr(arguments, "per_device_batch_size", 1) < 1:

@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import io
 import json
-import os
 import unicodedata
 from bisect import bisect_right
 from itertools import accumulate
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 import metrics
 from data import decode_image
-from tracking import HEADLINES
+from tracking import HEADLINES, open_whole
 
 TOP = 8  # candidates of a query that are shown, besides the relevant one
 SAMPLE, WORST = 8, 5  # queries on the contact sheet
@@ -91,7 +90,8 @@ def draw_contact_sheet(path, dataset, scores, ranks):
                 below = (x + candidate_width // 2, top + CANDIDATE + 15)
                 pen.text(below, "missing" if score is None else f"{score:.3f}", INK if relevant else FAINT, font(13), anchor="mm")
             y += row_height
-    write_whole(path, encode(sheet, "PNG"))
+    with open_whole(path, "wb") as file:
+        sheet.save(file, "PNG")
 
 
 def write_gallery(path, dataset, scores, ranks):
@@ -127,7 +127,8 @@ def write_gallery(path, dataset, scores, ranks):
     }
     # No text of the data can end the script element that it stands in.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    write_whole(path, PAGE.replace("DATA", text).encode())
+    with open_whole(path) as file:
+        file.write(PAGE.replace("DATA", text))
 
 
 def draw_curves(path, log):
@@ -150,9 +151,8 @@ def draw_curves(path, log):
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=100)
-    write_whole(path, drawn.getvalue())
+    with open_whole(path, "wb") as file:
+        figure.savefig(file, dpi=100)
 
 
 def summary(ranks):
@@ -219,22 +219,10 @@ def font(size):
 
 def for_html(picture, size):
     if isinstance(picture, Path):
-        encoded = base64.b64encode(encode(small(picture, size, size), "WEBP", quality=80))
-        return {"image": f"data:image/webp;base64,{encoded.decode()}"}
+        encoded = io.BytesIO()
+        small(picture, size, size).save(encoded, "WEBP", quality=80)
+        return {"image": f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}"}
     return {"text": picture if len(picture) <= TEXT_LIMIT else f"{picture[:TEXT_LIMIT]}…"}
-
-
-def encode(image, kind, **options):
-    encoded = io.BytesIO()
-    image.save(encoded, kind, **options)
-    return encoded.getvalue()
-
-
-def write_whole(path, content):
-    """Whole or not at all: whoever looks meanwhile sees the file before."""
-    unfinished = path.with_name(f".{path.name}-unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
 
 
 # Rows are made as one scrolls to them. All text of the data goes through textContent, and the policy forbids what is not inside.

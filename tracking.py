@@ -4,6 +4,7 @@ import json
 import math
 import os
 import subprocess
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -85,10 +86,18 @@ def keep_lines(log: Path, state) -> dict | None:
             continue
         if not kept or step < state.step + state.done:
             kept.append(line)
-    unfinished = log.with_name(f".{log.name}-unfinished")
-    unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(unfinished, log)
+    with open_whole(log) as file:
+        file.writelines(f"{line}\n" for line in kept)
     return json.loads(kept[0]) if kept else None
+
+
+@contextmanager
+def open_whole(path: Path, mode: str = "w"):
+    """A file to write, UTF-8 where it is text, that is at `path` once it is whole: whoever looks meanwhile sees the one before."""
+    unfinished = path.with_name(f".{path.name}-unfinished")
+    with open(unfinished, mode) if "b" in mode else open(unfinished, mode, newline="", encoding="utf-8") as file:
+        yield file
+    os.replace(unfinished, path)
 
 
 def git_commit() -> str | None:

@@ -108,9 +108,10 @@ def test_evaluate_gives_the_numbers_of_training(two, data, tmp_path):
     """On one process and on two, to the last bit, metric.csv and the pictures included."""
     model = two.folder / "checkpoints" / "step_00000012"
     logged = two.log[1][-1]
-    texts, files = [], ["contact_sheet.png", "gallery.html", "metric.csv"]
+    texts, files = [], ["contact_sheet.png", "gallery.html", "metric.csv", "qrels", "run"]
     for config in ("cpu", "cpu_2_processes"):
         arguments = ["--model_dir", model, "--data_dir", data, "--output_dir", tmp_path / config, "--gallery"]
+        arguments += ["--trec_dir", tmp_path / config]
         done = launch("evaluate.py", *arguments, config=config)
         printed = dict(re.findall(r"^((?:eval|rerank)/\S+) +(\S+)$", done.stdout, re.MULTILINE))
         assert printed == {name: f"{value:.6f}" for name, value in logged.items() if name.startswith(("eval/", "rerank/"))}
@@ -119,7 +120,7 @@ def test_evaluate_gives_the_numbers_of_training(two, data, tmp_path):
     assert texts[0] == texts[1]
     for name in files:
         one, two_processes = ((tmp_path / config / name).read_bytes() for config in ("cpu", "cpu_2_processes"))
-        assert one == two_processes and (name == "gallery.html" or one == (two.folder / name).read_bytes())
+        assert one == two_processes and (name in ("gallery.html", "qrels", "run") or one == (two.folder / name).read_bytes())
 
 
 @pytest.mark.slow
