@@ -93,7 +93,7 @@ def keep_lines(log: Path, state) -> dict | None:
 
 @contextmanager
 def open_whole(path: Path, mode: str = "w"):
-    """A file to write, UTF-8 where it is text, that is at `path` once it is whole: whoever looks meanwhile sees the one before."""
+    """A file to write, UTF-8 where it is text, at `path` once it is whole: whoever looks meanwhile sees the one before."""
     unfinished = path.with_name(f".{path.name}-unfinished")
     with open(unfinished, mode) if "b" in mode else open(unfinished, mode, newline="", encoding="utf-8") as file:
         yield file

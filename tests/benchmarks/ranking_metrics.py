@@ -2,7 +2,8 @@
 
     python tests/benchmarks/ranking_metrics.py
 
-ranx is compared where it is installed (pip install ranx==0.3.21). At 1,000,000 x 100 only what works on arrays is run: the others want a Python object for each score, 10 GB and more.
+ranx is compared where it is installed (pip install ranx==0.3.21). At 1,000,000 x 100 only what works on arrays is run: the
+others want a Python object for each score, 10 GB and more.
 """
 
 import importlib.util

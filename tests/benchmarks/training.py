@@ -28,6 +28,7 @@ import train
 from data import TrainSampler, read_datasets, whole
 from metrics import compute_metrics
 from model import SMALL_BACKBONE, DualEncoder, DualEncoderConfig, load_model
+from tracking import JsonlTracker
 
 TENTH = SMALL_BACKBONE | {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
 
@@ -106,7 +107,7 @@ class Work:
     def ours(self):
         with tempfile.TemporaryDirectory(dir=self.folder) as output_dir, contextlib.redirect_stdout(io.StringIO()):
             config = replace(self.config, output_dir=output_dir)
-            log = train.JsonlTracker(Path(output_dir) / "log.jsonl")
+            log = JsonlTracker(Path(output_dir) / "log.jsonl")
             accelerator = train.make_accelerator(max_grad_norm=config.max_grad_norm, log_with=[log])
             accelerator.init_trackers("benchmark", config={})
             state = train.make_state(accelerator, config, self.datasets)
