@@ -1,6 +1,8 @@
 """What the benchmarks share: alternatives timed in turn in one run, peak memory, and a table of ratios."""
 
 import argparse
+import ctypes
+import gc
 import os
 import platform
 import re
@@ -48,6 +50,8 @@ def peak_memory(run):
     def read(name):
         return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what earlier runs let go of is there to be used again, and not seen
     Path("/proc/self/clear_refs").write_text("5")  # sets the highest back to the present
     before = read("VmRSS")
     run()
