@@ -16,6 +16,7 @@ from conftest import REPOSITORY, column, launch, read_csv, read_log, write_csv
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
+pytestmark = pytest.mark.slow
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 DIFF = REPOSITORY / "docs" / "text_reranking.diff"
 NOUNS = ["heart", "하트", "star", "별"]
@@ -175,7 +176,7 @@ def test_the_loss_by_brute_force(data, run):
     model = AutoModelForSequenceClassification.from_pretrained(run.output / "checkpoints" / f"step_{last['step']:08d}").eval()
     losses = []
     for row in range(len(dataset)):
-        item = dataset[data.Key(row)]
+        item = {name: values[0] for name, values in dataset.__getitems__([data.Key(row)]).items()}
         with torch.no_grad():
             logits = model(**{name: item[name] for name in ("input_ids", "attention_mask", "token_type_ids")}).logits[:, 0]
         losses.append(-logits[item["candidate_mask"]].log_softmax(0)[0].item())
