@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import gallery
-import sample_data
 from checkpoint import MANIFEST, check_checkpoint, load_training_state, newest_checkpoint, read_checkpoint, save_checkpoint
 from data import TrainSampler, UserError, fingerprint, read_datasets, updates_per_epoch, whole
 from evaluate import collect_losses, maybe_log_save_evaluate
@@ -374,6 +373,8 @@ def build_default_data(accelerator: Accelerator, config: Config):
         with accelerator.local_main_process_first():
             if accelerator.is_local_main_process and not Path(config.data_dir).exists():
                 print(f"building the default data, once: 25,000 small images in {config.data_dir}/, about 20 seconds", flush=True)
+                import sample_data  # here, so that whoever has data can delete that file
+
                 sample_data.build(config.data_dir)
     if not Path(config.data_dir).is_dir():
         raise UserError(f"--data_dir {config.data_dir}: there is no such folder")

@@ -24,13 +24,13 @@ def arguments(description):
     return parser.parse_args()
 
 
-def in_turn(alternatives, rounds):
-    """{name: [seconds, one of each round]}: all once as a warm-up, then in turn, so that what else the machine does meets all.
+def in_turn(alternatives, rounds, warm_up=1):
+    """{name: [seconds, one of each round]}: in turn, so that what else the machine does meets all; `warm_up` rounds are not in it.
 
     alternatives: {name: function}, which returns the seconds that it took (float), or else is timed from call to return.
     """
     seconds = {name: [] for name in alternatives}
-    for number in range(-1, rounds):
+    for number in range(-warm_up, rounds):
         for name, run in alternatives.items():
             began = time.perf_counter()
             took = run()

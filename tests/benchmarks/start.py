@@ -6,6 +6,7 @@ The evaluation before the first update is of two rows here, and not counted: it 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,19 +50,18 @@ def main():
 
         def start(program):
             environment = launch_environment() | {"BEGAN": str(time.time()), "LITTLE": str(little)}
-            done = subprocess.run([str(word) for word in program], env=environment, capture_output=True, text=True, check=True)
+            done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
             parts.append([float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("part ")])
-            subprocess.run(["rm", "-rf", folder / "output"], check=True)
+            shutil.rmtree(folder / "output")
 
-        commands = {"accelerate launch train.py": launch_command("tests/benchmarks/start.py", *flags)}
         runs = {
             name: lambda program=program: subprocess.run(
                 program, cwd=measure.REPOSITORY, env=launch_environment(), check=True, capture_output=True
             )
             for name, program in alternatives.items()
         }
-        runs |= {name: lambda program=program: start(program) for name, program in commands.items()}
-        seconds = measure.in_turn(runs, 1 if arguments.small else 5)
+        runs["accelerate launch train.py"] = lambda: start(launch_command("tests/benchmarks/start.py", *flags))
+        seconds = measure.in_turn(runs, 1 if arguments.small else 5, warm_up=not arguments.small)
     first = next(iter(alternatives))
     rows = [[name, f"{np.median(took):.2f}", f"{measure.ratio(seconds, name, first):.2f}"] for name, took in seconds.items()]
     for name, took in zip(PARTS, np.median(parts, axis=0), strict=True):

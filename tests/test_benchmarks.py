@@ -1,0 +1,39 @@
+"""That the benchmarks work: each with little data, in one round. How fast anything is they say only when run by themselves."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, launch_environment
+
+ROWS = {
+    "training": ["train.py", "Trainer", "bare loop, same DataLoader", "bare loop, batches in memory"],
+    "rerank_evaluation": ["evaluate.py", "Trainer reference", "Trainer reference, no cache", "floor", "85"] + ["evaluate.py"],
+    "ranking_metrics": ["metrics.py", "one NumPy pass", "DataFrame, apply", "pytrec_eval"],
+    "reading": ["Python literals", "JSON"],
+    "start": ["python train.py, imports only", "accelerate launch train.py", "of it: imports", "of it: first update"],
+    "input_pipeline": ["kept decoded, 0 workers", "decoded at every use, 4 workers", "the model, training"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_a_small_version(name):
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "tests" / "benchmarks" / f"{name}.py", "--small"],
+        env=launch_environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert set(ROWS[name]) <= {row[0] for row in rows}
+    for row in rows:
+        if row[0] in ROWS[name]:
+            assert all(re.fullmatch(r"-?[\d,.]+( MB)?|training|rerank", cell) for cell in row[1:]), row
+
+
+def test_each_benchmark_is_tried():
+    assert {path.stem for path in (REPOSITORY / "tests" / "benchmarks").glob("*.py")} == {*ROWS, "measure"}
