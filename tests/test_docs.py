@@ -32,10 +32,19 @@ def definitions(path):
 def test_the_table_of_overrides_counts_the_lines():
     trainer = definitions(REPOSITORY / "tests" / "trainer_reference.py")
     ours = definitions(REPOSITORY / "evaluate.py")
-    rows = re.findall(r"^\| `(\w+)`, (\d+) \| `(\w+)`, (\d+) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)`, (\d+) \| \[`(\w+)`\]\(evaluate.py#L\d+\), (\d+) \|", README, re.MULTILINE)
     assert [row[0] for row in rows] == list(trainer)[list(trainer).index("_maybe_log_save_evaluate") :][:5]
     for override, lines, function, our_lines in rows:
         assert (override, trainer[override], ours[function]) == (override, int(lines), int(our_lines))
+
+
+def test_links_to_lines_lead_to_the_functions():
+    found = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(found) >= 6
+    for name, file, line in found:
+        assert (REPOSITORY / file).read_text(encoding="utf-8").splitlines()[int(line) - 1].startswith(f"def {name}("), name
+    for file in re.findall(r"\]\(([\w/.]+?)(?:#.*?)?\)|src=\"(.*?)\"", README):
+        assert (REPOSITORY / (file[0] or file[1])).is_file(), file
 
 
 def test_the_review_guide_names_what_exists():
@@ -57,6 +66,7 @@ DOCUMENTS = [
     REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "train.py", "evaluate.py", "sample_data.py", "sweep.yaml")
 ]
 DOCUMENTS += [*(REPOSITORY / "accelerate_config").iterdir(), REPOSITORY / "tests" / "kill_test.py"]
+DOCUMENTS += [*(REPOSITORY / "docs").glob("*.md"), *(REPOSITORY / "tests" / "benchmarks").glob("*.py")]
 
 
 def test_each_block_of_the_readme_is_run():

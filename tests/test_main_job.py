@@ -1,10 +1,16 @@
 """What the README shows: its commands, its files, and what the default run reaches."""
 
+import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, column, launch, read_log
+import torch
+from conftest import REPOSITORY, column, launch, read_csv, read_log
+from transformers import AutoModel
+
+from data import decode_image
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -18,7 +24,7 @@ def arguments_of(marker, script):
 
 
 @pytest.mark.slow
-def test_the_default_run_learns(tmp_path):
+def test_the_default_run_learns(tmp_path, monkeypatch):
     """The README's commands, in an empty folder: they build the data, train, reach what is promised, and evaluate it again."""
     launch("train.py", *arguments_of("<!-- main job -->", "train.py"), cwd=tmp_path, wandb=True)
     first, lines = read_log(tmp_path / "output")
@@ -30,6 +36,14 @@ def test_the_default_run_learns(tmp_path):
     losses = column(lines, "eval/loss")
     best = column(lines, "rerank/MRR@100")[min(losses, key=losses.get)]
     assert f"{'rerank/MRR@100':<20}{best:10.6f}" in done.stdout
+
+    # the example of how to use the model: the scores of a query's candidates
+    monkeypatch.chdir(tmp_path)
+    row = next(row for row in read_csv(Path("evaluation/metric.csv")) if row["x_image_path"] == "test_vocabulary_00000")
+    paths = [f"default_data/elements/{key}.png" for key in json.loads(row["candidate_resourceKey"])]
+    names = {"AutoModel": AutoModel, "torch": torch, "decode_image": decode_image, "paths": paths}
+    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names)
+    assert names["scores"].tolist() == pytest.approx(json.loads(row["score"]), abs=1e-5)
 
 
 def test_the_file_map_is_the_repository():

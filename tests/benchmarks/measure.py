@@ -25,7 +25,7 @@ def arguments(description):
 
 
 def in_turn(alternatives, rounds, warm_up=1):
-    """{name: [seconds, one of each round]}: in turn, so that what else the machine does meets all; `warm_up` rounds are not in it.
+    """{name: [seconds, one of each round]}: in turn, so that what else the machine does meets all. Warm-up rounds do not count.
 
     alternatives: {name: function}, which returns the seconds that it took (float), or else is timed from call to return.
     """
