@@ -31,9 +31,10 @@ def in_turn(alternatives, rounds, warm_up=1):
     """
     seconds = {name: [] for name in alternatives}
     for number in range(-warm_up, rounds):
-        for name, run in alternatives.items():
+        names = list(alternatives)
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # each has each place in the order
             began = time.perf_counter()
-            took = run()
+            took = alternatives[name]()
             if number >= 0:
                 seconds[name].append(took if isinstance(took, float) else time.perf_counter() - began)
     return seconds
