@@ -93,7 +93,7 @@ def measure_here():
 
         return timed
 
-    rounds = 1 if arguments.small else 5
+    rounds = 1 if arguments.small else 4
     seconds = measure.in_turn({name: together(run) for name, run in alternatives.items()}, rounds)
     rows = [
         [name, f"{np.median(took):.2f}", f"{measure.ratio(seconds, name, 'floor'):.2f}"]

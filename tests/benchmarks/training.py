@@ -78,7 +78,7 @@ def models():
     torch.manual_seed(0)
     # A tenth of the time of the default one: fewer and narrower layers, on images of half the size.
     tenth = DualEncoderConfig(backbone_config=TENTH, feature_size=166, embedding_size=32, page_size=48, element_size=16)
-    return [("default", DualEncoder(DualEncoderConfig()), 30, 8), ("ten times smaller", DualEncoder(tenth), 150, 16)]
+    return [("default", DualEncoder(DualEncoderConfig()), 30, 8), ("ten times smaller", DualEncoder(tenth), 100, 8)]
 
 
 def read(data_dir, model, splits):
