@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 import train
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+KOREAN = (REPOSITORY / "README.ko.md").read_text(encoding="utf-8")
 REVIEW = (REPOSITORY / "REVIEW.md").read_text(encoding="utf-8")
 
 
@@ -47,6 +48,34 @@ def test_links_to_lines_lead_to_the_functions():
         assert (REPOSITORY / (file[0] or file[1])).is_file(), file
 
 
+def what_a_translation_keeps(text):
+    """{part: its content} of a README, whatever language it is in; code in order of the alphabet, since word order differs."""
+    block = r"(?:^<!-- [^\n]* -->\n)?^```.*?^```$"  # with its marker
+    prose = re.sub(block, "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^(#+) (.*)$", prose, re.MULTILINE)
+    # GitHub's anchors are made of the headings' words: a link within the page is compared by the number of its heading.
+    anchors = ["#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for _, title in headings]
+    links = re.findall(r"\]\((.*?)\)|src=\"(.*?)\"", prose)
+    return {
+        "blocks": re.findall(block, text, re.MULTILINE | re.DOTALL),
+        "headings": [level for level, _ in headings],
+        "code": sorted(" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)),  # commands, options, files, names
+        "links": {anchors.index(link) if link.startswith("#") else link or source for link, source in links},
+        "rows of tables": re.findall(r"^\||^#", prose, re.MULTILINE),  # the headings tell one table from the next
+    }
+
+
+def test_the_korean_readme_is_in_step():
+    """All but the table of test_parity.py, which is measured, and written into README.md only."""
+    english, table = re.subn(r"^<!-- parity -->\n(\|.*\n)+", "", README, flags=re.MULTILINE)
+    ours, korean = what_a_translation_keeps(english), what_a_translation_keeps(KOREAN)
+    ours["links"].remove("README.ko.md")
+    korean["links"] -= {"README.md", "README.md#the-same-numbers-everywhere"}
+    assert table == 1 and len(ours["blocks"]) >= 7 and "\n## The same numbers everywhere\n" in README
+    for part in ours:
+        assert korean[part] == ours[part], part
+
+
 def test_the_review_guide_names_what_exists():
     code = {name for path in REPOSITORY.glob("*.py") for name in definitions(path)}
     tests = {name for path in (REPOSITORY / "tests").glob("test_*.py") for name in definitions(path)}
@@ -65,7 +94,7 @@ def test_the_review_guide_names_what_exists():
 DOCUMENTS = [
     REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "train.py", "evaluate.py", "sample_data.py", "sweep.yaml")
 ]
-DOCUMENTS += [*(REPOSITORY / "accelerate_config").iterdir(), REPOSITORY / "tests" / "kill_test.py"]
+DOCUMENTS += [*(REPOSITORY / "accelerate_config").iterdir(), REPOSITORY / "tests" / "kill_test.py", REPOSITORY / "README.ko.md"]
 DOCUMENTS += [*(REPOSITORY / "docs").glob("*.md"), *(REPOSITORY / "tests" / "benchmarks").glob("*.py")]
 
 
