@@ -34,7 +34,7 @@ def copy(tmp_path_factory):
     for path in [*REPOSITORY.glob("*.py"), DIFF]:
         (folder / path.relative_to(REPOSITORY)).parent.mkdir(exist_ok=True)
         shutil.copy(path, folder / path.relative_to(REPOSITORY))
-    (command,) = re.findall(r"^git apply .*$", README, re.MULTILINE)
+    (command,) = re.findall(r"^<!-- another task -->\n```bash\n(.*)$", README, re.MULTILINE)
     subprocess.run(command.split(), cwd=folder, check=True)
     return folder
 
