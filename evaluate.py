@@ -13,8 +13,9 @@ In the order of the calls. Each function names the method of Trainer that it sta
           get_rerank_eval_dataloader
           rerank_evaluation_loop -> compute_metrics
 
-N queries, C candidates, M distinct inputs, B batch, D output width, W processes. Memory of a rerank evaluation, on each
-process: M x D numbers for the outputs, N x C for the scores and the indices, and one batch of inputs; nothing grows with images.
+N queries, C candidates, M distinct inputs, B batch, D output width, W processes. Memory of a rerank evaluation, in bytes, on
+each process: 4 x M x D for the outputs (twice that while they are gathered), 12 x N x C for the scores and the indices, 2**19 x D
+for the pairs that are being scored, and one batch of inputs; nothing grows with images (tests/benchmarks/rerank_evaluation.py).
 """
 
 import argparse
@@ -302,7 +303,7 @@ def write_metric_csv(path, dataset, scores):
             )
 
 
-def write_trec(folder: Path, dataset, scores: np.ndarray):
+def write_trec(folder: Path, dataset, scores):
     """`run` and `qrels` in the format of trec_eval. A query is the number of its row in the CSV; keys have no white space there.
 
     https://github.com/usnistgov/trec_eval

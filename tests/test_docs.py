@@ -99,7 +99,10 @@ DOCUMENTS += [*(REPOSITORY / "docs").glob("*.md"), *(REPOSITORY / "tests" / "ben
 
 
 def test_each_block_of_the_readme_is_run():
-    runners = [(REPOSITORY / path).read_text(encoding="utf-8") for path in (".ci/run", "tests/test_main_job.py", "tests/test_second_task.py")]
+    runners = [
+        (REPOSITORY / path).read_text(encoding="utf-8")
+        for path in (".ci/run", "tests/test_main_job.py", "tests/test_second_task.py")
+    ]
     for marker in re.findall(r"^(.*)\n```bash", README, re.MULTILINE):
         assert re.fullmatch("<!-- .* -->", marker) and any(marker in runner for runner in runners), marker
 
