@@ -434,7 +434,9 @@ class RerankDataset(Dataset):
 
     def show_candidate(self, row, column):
         """(key, picture), as in `show_query`; the column -1, as in `labels`, is the relevant candidate that is missing."""
-        key = self.rows.columns["resourceKey"][row] if column < 0 else self.rows.candidates[row][column]
+        listed = self.rows.candidates
+        place = self.rows.relevant[row] if column < 0 else listed.places_of(row)[column]
+        key = listed.keys[place]  # not listed[row][column], which makes the keys of the whole row for one of them
         return key, self.inputs.show_candidate(key)
 
 

@@ -76,7 +76,7 @@ def draw_contact_sheet(path, dataset, scores, ranks):
             draw_picture(sheet, (2 * GAP, y), picture, query_width, QUERY)
             lines = wrap(word, 18, 150, 2)
             pen.text((words, y), "\n".join(lines), INK, font(18))
-            length = len(dataset.rows.candidates[row])
+            length = len(dataset.rows.candidates.places_of(row))
             rank = f"rank {ranks[row]:.0f} of {length}" if np.isfinite(ranks[row]) else f"not among the {length}"
             pen.text((words, y + 8 + 26 * len(lines)), rank, RIGHT if ranks[row] == 1 else WRONG, font(16))
             pen.text((words, y + 34 + 26 * len(lines)), f"row {dataset.rows.numbers[row]}", FAINT, font(13))
@@ -113,7 +113,7 @@ def write_gallery(path, dataset, scores, ranks):
                 "row": int(dataset.rows.numbers[row]),
                 "picture": number(pictures, (picture, QUERY)),
                 "rank": int(rank) if np.isfinite(rank) else None,
-                "of": len(dataset.rows.candidates[row]),
+                "of": len(dataset.rows.candidates.places_of(row)),
                 "candidates": [number(candidates, (name, number(pictures, (look, CANDIDATE)))) for name, look, _, _ in shown],
                 "scores": [score if score is None else round(score, 3) for _, _, score, _ in shown],
                 "right": [relevant for *_, relevant in shown].index(True),
@@ -168,7 +168,7 @@ def first_candidates(dataset, scores, row):
     A relevant element that is missing has no score, but None.
     """
     label = dataset.labels[row].item()
-    score = scores[row, : len(dataset.rows.candidates[row])]
+    score = scores[row, : len(dataset.rows.candidates.places_of(row))]
     columns = metrics.best_first(score, label)[:TOP].tolist()
     if label not in columns:
         columns.append(label)

@@ -42,6 +42,18 @@ def main():
     processes = int(os.environ.get("WORLD_SIZE", 1))
     global_batch_size = config.per_device_batch_size * processes * config.gradient_accumulation_steps
     num_updates = config.max_steps or config.num_epochs * updates_per_epoch(len(train_dataset), global_batch_size)
+    trainer = make_trainer(config, model, train_dataset, eval_dataset, rerank_dataset, num_updates)
+    trainer.train()
+    trainer.save_model(f"{config.output_dir}/model")
+    if trainer.is_world_process_zero():
+        write_log(Path(config.output_dir) / "log.jsonl", trainer.state.log_history)
+    if "RECORD" in os.environ:
+        Path(os.environ["RECORD"], f"{trainer.args.process_index}.json").write_text(json.dumps(trainer.record))
+    finish(trainer.accelerator)
+
+
+def make_trainer(config, model, train_dataset, eval_dataset, rerank_dataset, num_updates, **options):
+    """options: of RerankTrainer, and of Trainer."""
     trainer = RerankTrainer(
         rerank_dataset,
         model=model,
@@ -53,15 +65,10 @@ def main():
         optimizers=optimizer_and_scheduler(config, model, num_updates),
         # Whatever the model returns would be gathered and go to compute_metrics: here losses (B,) and scores (B, 1 + k).
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[1],
+        **options,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    trainer.save_model(f"{config.output_dir}/model")
-    if trainer.is_world_process_zero():
-        write_log(Path(config.output_dir) / "log.jsonl", trainer.state.log_history)
-    if "RECORD" in os.environ:
-        Path(os.environ["RECORD"], f"{trainer.args.process_index}.json").write_text(json.dumps(trainer.record))
-    finish(trainer.accelerator)
+    return trainer
 
 
 def training_arguments(config, num_updates):

@@ -10,6 +10,7 @@ same pages and elements.
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,12 +22,12 @@ import measure
 import numpy as np
 import torch
 from conftest import launch_command, launch_environment, make_tiny_model, read_csv, write_csv, write_data
-from trainer_reference import RerankTrainer, training_arguments
+from trainer_reference import make_trainer
 
 import evaluate
 import sample_data
 import train
-from data import Key, read_datasets, whole
+from data import Key, read_datasets
 from launch import finish, make_accelerator
 from metrics import compute_metrics
 from model import load_model
@@ -63,15 +64,7 @@ def measure_here():
     dataset = read_datasets(config, model, ["test_vocabulary"])[0]
     model = accelerator.prepare_model(model, evaluation_mode=True)
     trainers = {
-        name: RerankTrainer(
-            dataset,
-            cache=cache,
-            model=model,
-            args=training_arguments(train.read_config(["--output_dir", str(folder)]), 1),
-            data_collator=whole,
-            eval_dataset=dataset,
-            compute_metrics=lambda prediction: compute_metrics(prediction),
-        )
+        name: make_trainer(train.read_config(["--output_dir", str(folder)]), model, *[dataset] * 3, 1, cache=cache)
         for name, cache in (("Trainer reference", True), ("Trainer reference, no cache", False))
     }
     for trainer in trainers.values():
@@ -112,6 +105,8 @@ def measure_here():
     if accelerator.num_processes == 1:
         growth(accelerator, model, config, folder, (1, 5) if arguments.small else (1, 10, 100))
     finish(accelerator)
+    if accelerator.is_main_process:
+        shutil.rmtree(folder)
 
 
 def quietly(run):

@@ -20,8 +20,8 @@ import measure
 import torch
 from conftest import make_tiny_model, write_data
 from torch.utils.data import DataLoader
-from trainer_reference import RerankTrainer, optimizer_and_scheduler, training_arguments
-from transformers import PrinterCallback, TrainerCallback
+from trainer_reference import make_trainer
+from transformers import TrainerCallback
 
 import sample_data
 import train
@@ -118,32 +118,20 @@ class Work:
     def trainer(self):
         with tempfile.TemporaryDirectory(dir=self.folder) as output_dir, contextlib.redirect_stdout(io.StringIO()):
             config, model = replace(self.config, output_dir=output_dir), copy.deepcopy(self.model)
-            options = training_arguments(config, config.max_steps)
-            options.eval_on_start = False
-            trainer = RerankTrainer(
-                self.datasets[2],
-                model=model,
-                args=options,
-                data_collator=whole,
-                train_dataset=self.datasets[0],
-                eval_dataset=self.datasets[1],
-                compute_metrics=compute_metrics,
-                optimizers=optimizer_and_scheduler(config, model, config.max_steps),
-                preprocess_logits_for_metrics=lambda outputs, labels: outputs[1],
-                callbacks=[type("Stamp", (TrainerCallback,), {"on_step_end": lambda *_, **__: self.stamp()})()],
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
+            stamp = type("Stamp", (TrainerCallback,), {"on_step_end": lambda *_, **__: self.stamp()})()
+            make_trainer(config, model, *self.datasets, config.max_steps, callbacks=[stamp]).train()
         return self.per_update()
 
     def bare(self):
-        config = self.config
-        sampler = TrainSampler(len(self.datasets[0]), config.per_device_batch_size, config.max_steps, config.seed)
-        return self.loop(DataLoader(self.datasets[0], config.per_device_batch_size, sampler=sampler, collate_fn=whole))
+        return self.loop(self.dataloader())
 
     def bare_in_memory(self):
-        sampler = TrainSampler(len(self.datasets[0]), self.config.per_device_batch_size, self.config.max_steps, self.config.seed)
-        return self.loop(list(DataLoader(self.datasets[0], self.config.per_device_batch_size, sampler=sampler, collate_fn=whole)))
+        return self.loop(list(self.dataloader()))
+
+    def dataloader(self):
+        dataset, batch_size = self.datasets[0], self.config.per_device_batch_size
+        sampler = TrainSampler(len(dataset), batch_size, self.config.max_steps, self.config.seed)
+        return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=whole)
 
     def loop(self, batches):
         config, model = self.config, copy.deepcopy(self.model)
