@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 COPIED = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKey")  # columns that metric.csv repeats
 PARSED = ("candidate_resourceKey", "x_info", "y_info")  # columns of literals
@@ -300,16 +300,24 @@ class Images:
         self.paths, self.pixels = [], None
         if len(asked) * 3 * size * size <= CACHE_LIMIT:
             self.pixels = np.empty((len(asked), 3, size, size), dtype=np.uint8)  # (E, 3, size, size)
-        root = os.path.realpath(folder)
-        for index, (key, (rows, row)) in enumerate(asked.items()):
-            try:
-                self.paths.append(find_image(root, key))
-                if self.pixels is None:
-                    check_image(self.paths[index])
-                else:
-                    self.pixels[index] = decode_image(self.paths[index], size)
-            except UserError as error:
-                raise UserError(f"{error} (asked for by {rows.name(row)})") from None
+        # Most of the time before the first update, so on all cores, shared with the other processes of this machine.
+        workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(workers, 8, len(asked) // 1000)  # a few images are read before workers have started
+        batches = DataLoader(
+            list(asked),
+            batch_size=64,
+            collate_fn=functools.partial(look_at, os.path.realpath(folder), None if self.pixels is None else size),
+            num_workers=workers if workers > 1 else 0,
+            generator=torch.Generator(),
+        )
+        for paths, pixels, error in batches:
+            start = len(self.paths)
+            self.paths += paths
+            if error is not None:
+                rows, row = list(asked.values())[len(self.paths)]
+                raise UserError(f"{error} (asked for by {rows.name(row)})")
+            if self.pixels is not None:
+                self.pixels[start : len(self.paths)] = pixels
 
     def take(self, indices):
         """uint8 (len(indices), 3, size, size)"""
@@ -317,6 +325,26 @@ class Images:
             # Indexed by NumPy: on a CPU torch wakes all threads to copy 400 kB, and takes up to 70 times as long.
             return torch.from_numpy(self.pixels[indices])
         return torch.stack([decode_image(self.paths[index], self.size) for index in indices])
+
+
+def look_at(root, size, keys):
+    """The images of these keys, up to the first that cannot be used: (paths, pixels, why that one cannot, or None).
+
+    pixels: uint8 (len(paths), 3, size, size), or, for size None, nothing: the files are only checked.
+    """
+    paths, pixels = [], []
+    try:
+        for key in keys:
+            path = find_image(root, key)
+            if size is None:
+                check_image(path)
+            else:
+                pixels.append(decode_image(path, size).numpy())
+            paths.append(path)
+    except UserError as error:  # not raised, since DataLoader would put the traceback of its worker before it
+        return paths, None, str(error)
+    # An array, since tensors would come through shared memory, of which containers have little.
+    return paths, np.array(pixels), None
 
 
 def find_image(root: str, key: str) -> str:

@@ -232,6 +232,34 @@ def test_images_that_cannot_be_used(data_dir, monkeypatch, cached):
     assert "element_1.png" in refusal(data_dir)
 
 
+def test_many_images_are_read_by_several_processes(tmp_path, monkeypatch):
+    (tmp_path / "processes").mkdir()
+    for number in range(2100):
+        if number < 7:
+            Image.new("L", (8, 8), 30 * number).save(tmp_path / f"{number}.png")
+        else:
+            os.link(tmp_path / f"{number % 7}.png", tmp_path / f"{number}.png")
+
+    def decode(path, size):
+        (tmp_path / "processes" / str(os.getpid())).touch()
+        return decode_image(path, size)
+
+    monkeypatch.setattr(data, "decode_image", decode)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    rows = Namespace(name=lambda row: f"train.csv, row {row + 2}")
+    asked = {str(number): (rows, number) for number in range(2100)}
+    images = data.Images(tmp_path, asked, 8)
+    assert len(list((tmp_path / "processes").iterdir())) == 2
+    assert [os.path.basename(path) for path in images.paths] == [f"{number}.png" for number in range(2100)]
+    assert (images.pixels == 30 * (np.arange(2100) % 7)[:, None, None, None]).all()
+
+    for broken in (1998, 1400, 1402):
+        (tmp_path / f"{broken}.png").unlink()
+    with pytest.raises(UserError, match=r"^[^\n]*no such file: '1400.png' \(asked for by train.csv, row 1402\)$"):
+        data.Images(tmp_path, asked, 8)
+
+
 def test_nothing_left(data_dir):
     assert "no row is left to use" in refusal(data_dir, max_candidates=1)
 

@@ -52,13 +52,13 @@ def main():
     finish(trainer.accelerator)
 
 
-def make_trainer(config, model, train_dataset, eval_dataset, rerank_dataset, num_updates, **options):
+def make_trainer(config, model, train_dataset, eval_dataset, rerank_dataset, num_updates, data_collator=whole, **options):
     """options: of RerankTrainer, and of Trainer."""
     trainer = RerankTrainer(
         rerank_dataset,
         model=model,
         args=training_arguments(config, num_updates),
-        data_collator=whole,
+        data_collator=data_collator,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         compute_metrics=compute_metrics,
@@ -95,7 +95,7 @@ def training_arguments(config, num_updates):
 
 
 def optimizer_and_scheduler(config, model, num_updates):
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=1.0, eps=1e-6)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=1.0, eps=1e-6, foreach=True)
     # Trainer steps this scheduler itself, once an update. One that went through accelerate would step once for each process.
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(step, num_updates, config))
 
