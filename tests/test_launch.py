@@ -50,6 +50,7 @@ def test_machines_that_do_not_share_a_disk(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_fp16_needs_a_gpu(tmp_path):
     assert "fp16 needs a GPU" in refused("train.py", "--output_dir", tmp_path / "output", mixed_precision="fp16", config=None)
 
@@ -64,6 +65,7 @@ def test_deepspeed_is_told_one_thing_only(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_evaluate_is_not_for_deepspeed(tmp_path):
     (tmp_path / "training_config.json").write_text('{"mixed_precision": "no", "per_device_eval_batch_size": 1}')
     message = refused("evaluate.py", "--model_dir", tmp_path, config="zero2", mixed_precision="no")
@@ -89,7 +91,7 @@ def test_bf16(data, tmp_path, tiny_model):
 
 
 @pytest.mark.slow
-def test_the_slurm_script(data, tmp_path):
+def test_the_slurm_script(data, tmp_path, tiny_model):
     """As Slurm would run it on two machines of one GPU each: srun starts the command on both, with its number."""
     for name, text in {
         "scontrol": "echo localhost; echo other",
@@ -101,6 +103,7 @@ def test_the_slurm_script(data, tmp_path):
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
     environment |= {"SLURM_JOB_NODELIST": "two", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "4321"}
     options = ["--data_dir", data, "--output_dir", tmp_path / "output", "--max_steps", 2, "--per_device_batch_size", 8]
+    options += ["--model_name_or_path", tiny_model]
     done = subprocess.run(
         ["bash", "accelerate_config/slurm.sbatch", *map(str, options)],
         env=environment,

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import struct
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -250,12 +251,22 @@ def test_a_worker_meets_a_broken_image(tmp_path, monkeypatch):
         (["--per_device_batch_size", 42], "a global batch of 42 rows is more than the 41 rows of"),
         (["--output_dir", "/dev/null/output"], "--output_dir /dev/null/output: cannot be written: Not a directory"),
         (["--best_metric", "max:rerank/Recall@3"], "no such metric; there are eval/Recall@1"),
-        (["--model_name_or_path", "/nowhere"], "--model_name_or_path /nowhere: "),
     ],
 )
-def test_one_line_before_any_training(data, tmp_path, arguments, message):
-    assert message in refused("train.py", "--data_dir", data, "--output_dir", tmp_path / "output", *arguments)
+def test_before_any_training(data, tmp_path, monkeypatch, tiny_model, arguments, message):
+    always = ["--data_dir", data, "--output_dir", tmp_path / "output", "--model_name_or_path", tiny_model, "--report_to", "none"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*always, *arguments])])
+    monkeypatch.setattr(train, "watch_for_stop", lambda accelerator: None)  # else pytest no longer hears Ctrl+C
+    with pytest.raises(UserError) as refusal:
+        train.main()
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
     assert not list(tmp_path.glob("output/checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_what_is_refused_is_one_line(data, tmp_path):
+    arguments = ["--data_dir", data, "--output_dir", tmp_path / "output", "--model_name_or_path", "/nowhere"]
+    assert "--model_name_or_path /nowhere: " in refused("train.py", *arguments)
 
 
 @pytest.mark.slow
