@@ -304,7 +304,7 @@ class Images:
         workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(workers, 8, len(asked) // 1000)  # a few images are read before workers have started
         batches = DataLoader(
-            list(asked),
+            list(asked),  # pyrefly: ignore[bad-argument-type]
             batch_size=64,
             collate_fn=functools.partial(look_at, os.path.realpath(folder), None if self.pixels is None else size),
             num_workers=workers if workers > 1 else 0,
