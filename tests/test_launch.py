@@ -56,6 +56,7 @@ def test_fp16_needs_a_gpu(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_deepspeed_is_told_one_thing_only(tmp_path):
     config = (REPOSITORY / "accelerate_config" / "zero1.yaml").read_text(encoding="utf-8")
     (tmp_path / "zero1.yaml").write_text(config.replace("zero_stage: 1", "zero_stage: 1\n  gradient_clipping: 0.5"))

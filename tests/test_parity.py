@@ -306,7 +306,7 @@ def faulty_runs(data, tmp_path_factory):
     """{fault: its run on two processes}, "none" among them, and "one process", without a fault."""
     folder = tmp_path_factory.mktemp("faults")
     arguments = ["--data_dir", data, *OPTIONS]
-    arguments += ["--max_steps", 20, "--num_negatives", 1]  # an epoch, its last batch with 5 rows, and 7 updates more
+    arguments += ["--max_steps", 15, "--num_negatives", 1]  # an epoch, its last batch with 5 rows, and 2 updates more
     for name, config, processes in (("one", "cpu", 1), ("two", "cpu_2_processes", 2)):
         faults = ["none", *FAULTS] if name == "two" else ["none"]
         batch = ["--per_device_batch_size", GLOBAL_BATCH // processes]

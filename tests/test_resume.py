@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -86,10 +87,15 @@ def test_interrupted_again_and_again(start, uninterrupted, tmp_path):
     assert done.returncode == 0 and "going on from update 8 of 20" in done.stdout, done.stdout
     assert_the_same_run(folder, uninterrupted)
 
-    finished = {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file()}
-    done = start(folder)
-    assert done.returncode == 0 and "holds a run that is finished (20 updates)" in done.stdout
-    assert finished == {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file()}
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_as_it_is(uninterrupted, data, tiny_model, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in uninterrupted.glob("**/*") if path.is_file()}
+    options = ["--data_dir", data, "--model_name_or_path", tiny_model, "--output_dir", uninterrupted, *OPTIONS]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*options, "--gradient_accumulation_steps", 4])])
+    train.main()  # on one process, at the same global batch
+    assert "holds a run that is finished (20 updates)" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in uninterrupted.glob("**/*") if path.is_file()}
 
 
 @pytest.mark.slow
