@@ -308,7 +308,7 @@ class Images:
             batch_size=64,
             collate_fn=functools.partial(look_at, os.path.realpath(folder), None if self.pixels is None else size),
             num_workers=workers if workers > 1 else 0,
-            generator=torch.Generator(),
+            generator=torch.Generator(),  # else iterating draws from the global random state
         )
         for paths, pixels, error in batches:
             start = len(self.paths)

@@ -34,7 +34,7 @@ def start(data, tiny_model):
     """Launches the run, with dropout, accumulation and a DataLoader worker, on two processes."""
 
     def start(output_dir, *arguments, at=None, what=None, **options):
-        arguments = ["--data_dir", data, "--model_name_or_path", tiny_model, "--output_dir", output_dir, *OPTIONS, *arguments]
+        arguments = flags(data, tiny_model, output_dir, *arguments)
         environment = {"AT": at, "WHAT": what} if at else {}
         options = {"config": "cpu_2_processes", "check": False} | options
         return launch("tests/interrupted_run.py", *arguments, **options, **environment)
@@ -48,6 +48,16 @@ def uninterrupted(start, tmp_path_factory):
     done = start(folder)
     assert done.returncode == 0, done.stdout
     return folder
+
+
+def flags(data, model, output_dir, *others):
+    return [
+        str(word) for word in ("--data_dir", data, "--model_name_or_path", model, "--output_dir", output_dir, *OPTIONS, *others)
+    ]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file()}
 
 
 def assert_the_same_run(folder, uninterrupted, last=20):
@@ -90,12 +100,12 @@ def test_interrupted_again_and_again(start, uninterrupted, tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(uninterrupted, data, tiny_model, monkeypatch, capsys):
-    before = {path: path.read_bytes() for path in uninterrupted.glob("**/*") if path.is_file()}
-    options = ["--data_dir", data, "--model_name_or_path", tiny_model, "--output_dir", uninterrupted, *OPTIONS]
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*options, "--gradient_accumulation_steps", 4])])
-    train.main()  # on one process, at the same global batch
+    before = contents(uninterrupted)
+    # On one process, at the same global batch.
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tiny_model, uninterrupted, "--gradient_accumulation_steps", 4)])
+    train.main()
     assert "holds a run that is finished (20 updates)" in capsys.readouterr().out
-    assert before == {path: path.read_bytes() for path in uninterrupted.glob("**/*") if path.is_file()}
+    assert before == contents(uninterrupted)
 
 
 @pytest.mark.slow
@@ -217,13 +227,12 @@ def test_going_on_in_another_folder(start, uninterrupted, tmp_path):
     ],
 )
 def test_a_folder_of_another_run_is_refused(arguments, message, uninterrupted, data, tiny_model):
-    before = {path: path.read_bytes() for path in uninterrupted.glob("**/*") if path.is_file()}
-    options = ["--data_dir", data, "--model_name_or_path", tiny_model, "--output_dir", uninterrupted, *OPTIONS]
-    config = train.read_config([*map(str, options), "--gradient_accumulation_steps", "4", *arguments])
+    before = contents(uninterrupted)
+    config = train.read_config(flags(data, tiny_model, uninterrupted, "--gradient_accumulation_steps", 4, *arguments))
     accelerator = train.make_accelerator()
     model = train.load_model(tiny_model)
     datasets = train.read_datasets(config, model, ("train", "eval", "test_vocabulary"))
     with pytest.raises(UserError, match=message):
         train.make_output_dir(accelerator, config)
         train.find_checkpoint(accelerator, config, train.make_state(accelerator, config, datasets))
-    assert before == {path: path.read_bytes() for path in uninterrupted.glob("**/*") if path.is_file()}
+    assert before == contents(uninterrupted)
