@@ -95,7 +95,7 @@ def training_arguments(config, num_updates):
 
 
 def optimizer_and_scheduler(config, model, num_updates):
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=1.0, eps=1e-6, foreach=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=1.0, eps=1e-6, fused=True)
     # Trainer steps this scheduler itself, once an update. One that went through accelerate would step once for each process.
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(step, num_updates, config))
 

@@ -146,7 +146,7 @@ class Work:
     def loop(self, batches):
         config, model = self.config, copy.deepcopy(self.model)
         optimizer = torch.optim.AdamW(
-            train.parameter_groups(model, config.weight_decay), lr=config.learning_rate, eps=1e-6, foreach=True
+            train.parameter_groups(model, config.weight_decay), lr=config.learning_rate, eps=1e-6, fused=True
         )
         model.train()
         for step, batch in enumerate(batches):
