@@ -223,7 +223,7 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, eval_dat
         pin_memory=accelerator.device.type == "cuda",
     )
     # eps: with the usual 1e-8 a weight whose gradient is all rounding moves by a full step, and runs that should agree drift.
-    # fused: in a third of the time, on CPUs and GPUs; torch does not take it by itself.
+    # fused: on a CPU in a third of the time or less; torch does not take it by itself.
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, eps=1e-6, fused=True)
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
     set_seed(config.seed, device_specific=True)  # from here on each process has dropout of its own
