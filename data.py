@@ -265,9 +265,11 @@ class PagesAndElements:
         return len(self.elements.index) + queries, candidates
 
     def groups(self, inputs):
-        """Which of these sorted inputs may share a batch, as ranges of positions: pages and elements differ in size."""
+        """Which of these sorted inputs may share a batch, since pages and elements differ in size: ranges of positions, each with
+        how many of them there are in a batch of one page."""
         first_page = np.searchsorted(inputs, len(self.elements.index))
-        return [range(first_page), range(first_page, len(inputs))]
+        elements = max(1, self.pages.size**2 // self.elements.size**2)  # as many pixels, so as much memory; one by one is slow
+        return [(range(first_page), elements), (range(first_page, len(inputs)), 1)]
 
     def take(self, inputs):
         """What `forward` takes of inputs (B,) of one group: images uint8 (B, 3, H, W)."""
@@ -402,7 +404,7 @@ class SharedDataset(Dataset):
         self.rows, self.inputs, self.num_negatives, self.seed = rows, inputs, num_negatives, seed
         self.queries, self.candidates = inputs.number(rows)  # (N,), (K,)
         self.labels = torch.zeros(len(self), dtype=torch.int64)  # (N,): the relevant candidate is put first
-        self.groups = [range(len(self))]
+        self.groups = [(range(len(self)), 1)]
 
     def __len__(self):
         return len(self.queries)
@@ -431,7 +433,7 @@ class SharedDataset(Dataset):
 class RerankDataset(Dataset):
     """The rerank evaluation: an item is a distinct input of the whole evaluation, so each goes through the model once.
 
-    groups: which inputs may share a batch.
+    groups: which inputs may share a batch, and how many, in multiples of the batch size.
     queries: int64 (N,), candidates: int64 (N, C) padded with -1, both as inputs; labels: int64 (N,), the column of the
     relevant candidate, -1 where it is missing.
     """
@@ -505,14 +507,16 @@ def updates_per_epoch(num_rows: int, global_batch_size: int) -> int:
     return math.ceil(num_rows / global_batch_size)
 
 
-def full_batches(groups: list[range], batch_size: int, num_processes: int) -> list[Key]:
-    """The keys of an evaluation, cut into full batches, as many for each process.
+def batches_in_groups(groups: list[tuple[range, int]], batch_size: int, num_processes: int) -> list[list[Key]]:
+    """The batches of an evaluation, as many for each process. groups: positions, and how many batch sizes of them make a batch.
 
-    The batches are cut from the whole list before they are dealt out, and each is full, since the last bits of an output may
-    depend on the shape of the batch it is computed in: so the same weights give the same bits on any number of processes.
+    They are cut before they are dealt out, and filled to whole batch sizes, since the last bits of an output may depend on the
+    shape of the batch it is computed in, and in an odd one on the number of threads: so the same weights give the same bits on
+    any number of processes.
     """
-    keys = []
-    for group in groups:
-        keys += [Key(index) for index in group]
-        keys += [Key(group[0], weight=0.0)] * (-len(group) % batch_size)
-    return keys + [Key(groups[-1][0], weight=0.0)] * (-len(keys) % (batch_size * num_processes))
+    batches = []
+    for positions, multiple in groups:
+        keys = [Key(index) for index in positions]
+        keys += [Key(positions[0], weight=0.0)] * (-len(keys) % batch_size)
+        batches += [keys[start : start + multiple * batch_size] for start in range(0, len(keys), multiple * batch_size)]
+    return batches + [[Key(0, weight=0.0)]] * (-len(batches) % num_processes)

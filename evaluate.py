@@ -26,6 +26,7 @@ import re
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
@@ -41,7 +42,7 @@ from transformers.trainer_utils import EvalLoopOutput
 import gallery
 import metrics
 from checkpoint import TRAINING_CONFIG, save_checkpoint, save_model
-from data import UserError, full_batches, read_datasets, whole
+from data import UserError, batches_in_groups, read_datasets, whole
 from launch import errors_in_one_line, finish, leave_signals_to_the_main_process, make_accelerator, make_writable, stop_if_asked
 from model import load_model, rerank_scores
 from tracking import log_picture, open_whole
@@ -150,11 +151,10 @@ def evaluate(accelerator, model, dataset, compute_metrics, config):
 
 
 def get_eval_dataloader(accelerator, dataset, config):
-    """Full batches, dealt to the processes. Stands for Trainer.get_eval_dataloader, for either kind of data set."""
+    """Batches dealt to the processes, each item once. Stands for Trainer.get_eval_dataloader, for either kind of data set."""
     dataloader = DataLoader(
         dataset,
-        batch_size=config.per_device_eval_batch_size,
-        sampler=full_batches(dataset.groups, config.per_device_eval_batch_size, accelerator.num_processes),
+        batch_sampler=batches_in_groups(dataset.groups, config.per_device_eval_batch_size, accelerator.num_processes),
         collate_fn=whole,
         num_workers=config.num_workers,
         worker_init_fn=leave_signals_to_the_main_process,
@@ -234,15 +234,18 @@ def predict(accelerator, model, dataloader, num_items):
         batch.pop("weight", None)
         for name, values in model(**batch).items():
             columns[name].append(values)  # (B, ...)
-    gathered = {name: accelerator.gather(torch.cat(values)) for name, values in columns.items()}  # (W x batches x B, ...)
+    gathered = {}
+    for name, values in columns.items():
+        # Processes may have more or fewer items than others, and a gather takes from each as many: index -1 is filling.
+        gathered[name] = accelerator.gather(accelerator.pad_across_processes(torch.cat(values), pad_index=-1))  # (W x most, ...)
     index = gathered.pop("index")
-    real = index >= 0  # the rest only filled its batch
+    real = index >= 0
     index = index[real]
     times = torch.bincount(index.cpu(), minlength=num_items)
     if len(times) != num_items or (times != 1).any():
         raise RuntimeError(
             f"of {num_items} items, {(times == 0).sum()} are missing, {torch.nonzero(times == 0)[:5, 0].tolist()} "
-            f"first, and {(times > 1).sum()} came more than once: is the DataLoader prepared, and cut by full_batches?"
+            f"first, and {(times > 1).sum()} came more than once: is the DataLoader prepared?"
         )
     return {name: torch.empty_like(values[real]).index_copy_(0, index, values[real]) for name, values in gathered.items()}
 
@@ -288,18 +291,21 @@ def write_metric_csv(path, dataset, scores):
     }
     header = [*dataset.rows.columns, "candidate_resourceKey", "score", "sorted_score", "sorted_candidate_resourcekey", "rank"]
     header += [f"{name}@{k}" for name in columns for k in metrics.TOP_K]
+    listed = dataset.rows.candidates
+    quoted = [json.dumps(key, ensure_ascii=False) for key in listed.keys]  # once, and not in each of the lists that have it
     with open_whole(path) as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        for row, (keys, label) in enumerate(zip(dataset.rows.candidates, dataset.labels.tolist(), strict=True)):
+        for row, label in enumerate(dataset.labels.tolist()):
+            keys = [quoted[place] for place in listed.places_of(row).tolist()]
             score = scores[row, : len(keys)]
-            order = metrics.best_first(score, label)
             text = [str(value) for value in score]  # the shortest decimals that read back as the same float32
+            order = metrics.best_first(score, label).tolist()
+            lists = (keys, text, [text[i] for i in order], [keys[i] for i in order])
             writer.writerow(
                 [values[row] for values in dataset.rows.columns.values()]
-                + [json.dumps(keys, ensure_ascii=False), f"[{', '.join(text)}]", f"[{', '.join(text[i] for i in order)}]"]
-                + [json.dumps([keys[i] for i in order], ensure_ascii=False), f"{ranks[row]:g}"]
-                + [f"{values[row]:.17g}" for lists in columns.values() for values in lists]
+                + [f"[{', '.join(values)}]" for values in lists]
+                + [f"{ranks[row]:g}", *(f"{values[row]:.17g}" for values in chain(*columns.values()))]
             )
 
 
@@ -348,7 +354,7 @@ def main():
         type=int,
         default=argparse.SUPPRESS,
         metavar="INT",
-        help="inputs in a batch, on a process (default: that of the training's evaluations)",
+        help="rows or pages in a batch, on a process (default: that of the training's evaluations)",
     )
     parser.add_argument("--trec_dir", type=Path, help="also write `run` and `qrels` there, for trec_eval and its like")
     parser.add_argument("--gallery", action="store_true", help="also write gallery.html, all queries as pictures, for a browser")

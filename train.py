@@ -101,7 +101,9 @@ class Config:
         heading="logging, evaluating, saving (counted in updates; all three also happen at the end)",
     )
     eval_every: int = option(500, "updates between two evaluations, both ways; 0: only before the first update and at the end")
-    per_device_eval_batch_size: int = option(64, "inputs in a batch of an evaluation, on a process; no gradients, so more fit")
+    per_device_eval_batch_size: int = option(
+        64, "rows or pages in a batch of an evaluation, on a process; no gradients, so more fit"
+    )
     save_every: int = option(200, "updates between two checkpoints, from which an interrupted run goes on; 0: only at the end")
     save_total_limit: int = option(2, "checkpoints that are kept, the newest ones; 0: all")
     best_metric: str = option(

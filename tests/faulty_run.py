@@ -95,7 +95,8 @@ def positional_join():
     def faulty_predict(accelerator, model, dataloader, num_items):
         batches = [(batch.pop("index"), batch.pop("weight", None), model(**batch)) for batch in dataloader]
         columns = {name: torch.cat([outputs[name] for _, _, outputs in batches]) for name in batches[0][2]}
-        return {name: accelerator.gather(values)[:num_items] for name, values in columns.items()}
+        padded = {name: accelerator.pad_across_processes(values) for name, values in columns.items()}
+        return {name: accelerator.gather(values)[:num_items] for name, values in padded.items()}
 
     return mock.patch.object(recorded_run, "predict", faulty_predict)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import Key, TrainSampler, UserError, decode_image, full_batches, parse_literal, read_datasets, read_rows, whole
+from data import Key, TrainSampler, UserError, batches_in_groups, decode_image, parse_literal, read_datasets, read_rows, whole
 
 MODEL = Namespace(config=Namespace(page_size=64, element_size=32))
 
@@ -337,14 +337,15 @@ def test_each_epoch_has_each_row_once_and_means_are_means(size):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_full_batches(processes):
-    groups = [range(10), range(10, 33)]
-    keys = full_batches(groups, 4, processes)
-    assert len(keys) % (4 * processes) == 0
-    assert [key.index for key in keys if key.weight] == list(range(33))
-    for start in range(0, len(keys), 4):
-        assert len({key.index < 10 for key in keys[start : start + 4]}) == 1  # a batch is of one group
-    assert keys[: len(full_batches(groups, 4, 1))] == full_batches(groups, 4, 1)  # the same batches, whatever the processes
+def test_batches_in_groups(processes):
+    batches = batches_in_groups([(range(10), 3), (range(10, 33), 1)], 2, processes)
+    assert len(batches) % processes == 0
+    assert [key.index for batch in batches for key in batch if key.weight] == list(range(33))
+    once = batches_in_groups([(range(10), 3), (range(10, 33), 1)], 2, 1)
+    assert [len(batch) for batch in once] == [6, 4] + [2] * 12  # each of one group
+    assert [key.index for key in once[-1]] == [32, 10]
+    assert batches[: len(once)] == once  # the same batches, whatever the processes
+    assert not any(key.weight for batch in batches[len(once) :] for key in batch)
 
 
 def test_rerank_items_are_the_distinct_images(data_dir):

@@ -407,7 +407,9 @@ def test_scores_that_are_not_finite_are_named(data, tmp_path):
 
 
 def test_rows_that_are_missing_or_there_twice_are_an_error():
-    accelerator = Namespace(is_main_process=False, gather=lambda values: values)
+    accelerator = Namespace(
+        is_main_process=False, gather=lambda values: values, pad_across_processes=lambda values, pad_index: values
+    )
 
     def model(x):
         return {"outputs": x}

@@ -123,7 +123,7 @@ def floor(accelerator, model, dataset, batch_size):
     with evaluate.evaluation_mode(model):
         share = slice(accelerator.process_index, None, accelerator.num_processes)
         batches = []
-        for group in dataset.groups:
+        for group, _ in dataset.groups:
             images = dataset.__getitems__([Key(index) for index in group])["images"][share]
             batches += images.to(accelerator.device).split(batch_size)
         accelerator.wait_for_everyone()
