@@ -3,8 +3,8 @@
     python tests/benchmarks/rerank_evaluation.py
 
 It launches itself on one process and on two. The floor sends each distinct image through the model once, from memory, at the best
-batch size, divided among the processes, and does nothing else. Then how time and memory of ours grow with the queries over the
-same pages and elements.
+batch size, divided among the processes, and does nothing else; the lower floor has a best batch size for elements and another for
+pages. Then how time and memory of ours grow with the queries over the same pages and elements.
 """
 
 import contextlib
@@ -71,8 +71,9 @@ def measure_here():
         trainer.log = lambda values: None
     alternatives = {"evaluate.py": lambda: ours(accelerator, model, dataset, config)}
     alternatives |= {name: lambda trainer=trainer: quietly(trainer.rerank_evaluate) for name, trainer in trainers.items()}
-    batch_size = best_batch_size(accelerator, model, dataset)
-    alternatives["floor"] = lambda: floor(accelerator, model, dataset, batch_size)
+    one_size, sizes = best_batch_sizes(accelerator, model, dataset)
+    alternatives["floor"] = lambda: floor(accelerator, model, dataset, one_size)
+    alternatives["lower floor"] = lambda: floor(accelerator, model, dataset, sizes)
     results = [ours(accelerator, model, dataset, config), *(trainer.rerank_evaluate() for trainer in trainers.values())]
     # They agree, or the comparison is of nothing; but for a query or two, whose scores batches of other shapes tie or part.
     assert all(abs(a - b) < 0.01 for r in results[1:] for a, b in zip(results[0].values(), r.values(), strict=True)), results
@@ -98,7 +99,7 @@ def measure_here():
     if accelerator.is_main_process:
         measure.show_table(
             f"Rerank evaluation, {queries} queries, {inputs} distinct images, {accelerator.num_processes} process(es), "
-            f"floor at batches of {batch_size}",
+            f"floor at batches of {one_size[0]}, lower floor at {' and '.join(map(str, sizes))}",
             ["", "s", "× floor", "× evaluate.py"],
             rows,
         )
@@ -118,12 +119,13 @@ def ours(accelerator, model, dataset, config):
     return evaluate._rerank_evaluate(accelerator, model, dataset, compute_metrics, config)
 
 
-def floor(accelerator, model, dataset, batch_size):
-    """Seconds of the forward passes of this process's share of the distinct images, which are in memory."""
+def floor(accelerator, model, dataset, sizes):
+    """Seconds of the forward passes of this process's share of the distinct images, which are in memory. sizes: of the
+    batches of each group."""
     with evaluate.evaluation_mode(model):
         share = slice(accelerator.process_index, None, accelerator.num_processes)
         batches = []
-        for group, _ in dataset.groups:
+        for (group, _), batch_size in zip(dataset.groups, sizes, strict=True):
             images = dataset.__getitems__([Key(index) for index in group])["images"][share]
             batches += images.to(accelerator.device).split(batch_size)
         accelerator.wait_for_everyone()
@@ -134,10 +136,18 @@ def floor(accelerator, model, dataset, batch_size):
         return time.perf_counter() - began
 
 
-def best_batch_size(accelerator, model, dataset):
-    seconds = {size: min(floor(accelerator, model, dataset, size) for _ in range(2)) for size in (16, 32, 64, 128)}
-    best = torch.tensor(min(seconds, key=seconds.get), device=accelerator.device)
-    return accelerator.gather(best[None])[0].item()  # the same on all
+def best_batch_sizes(accelerator, model, dataset):
+    """([size, size], [size of the elements' batches, size of the pages']): the same for both, and each its own."""
+
+    def best(choices):
+        seconds = [min(floor(accelerator, model, dataset, sizes) for _ in range(2)) for sizes in choices]
+        place = torch.tensor([int(np.argmin(seconds))], device=accelerator.device)
+        return choices[accelerator.gather(place)[0].item()]  # the same on all
+
+    sizes = 16, 32, 64, 128, 256
+    one_size = best([[size, size] for size in sizes])
+    of_elements = best([[size, one_size[1]] for size in sizes])[0]
+    return one_size, best([[of_elements, size] for size in sizes])
 
 
 def growth(accelerator, model, config, folder, factors):
