@@ -29,15 +29,13 @@ MANIFEST = "manifest.json"
 
 
 def save_checkpoint(accelerator: Accelerator, model, state, folder: Path, total_limit: int):
-    """Write checkpoints/step_... to `folder` unless it is there, then remove all but the newest `total_limit` (0: none).
+    """Write checkpoints/step_... to `folder`, then remove all but the newest `total_limit` (0: none).
 
     Every process must call it, with no losses left in state.window. A process that is killed, or a disk that is full, at any
     moment of it leaves the checkpoints that were there before. Raises UserError.
     """
     checkpoint = folder / f"step_{state.step:08d}"
     unfinished = folder / f".{checkpoint.name}-unfinished"
-    if checkpoint.exists():
-        return
     try:
         if accelerator.is_main_process:
             for left in folder.glob(".*"):  # by a run that was killed
@@ -60,9 +58,12 @@ def save_checkpoint(accelerator: Accelerator, model, state, folder: Path, total_
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (unfinished / MANIFEST, *(path for path in unfinished.glob("**") if path.is_dir())):
                 flush(path)
+            if checkpoint.exists():  # damaged, and so passed over; or saved before its evaluation was done
+                remove(checkpoint)
             os.rename(unfinished, checkpoint)
             flush(folder)
-            remove_old(folder, total_limit)
+            for old in sorted(folder.glob("step_*"), reverse=True)[total_limit:] if total_limit else []:
+                remove(old)
         accelerator.wait_for_everyone()
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "file" not in str(error):  # torch raises one for a disk that is full
@@ -98,12 +99,11 @@ def flush(path):
     os.close(descriptor)
 
 
-def remove_old(folder, total_limit):
-    for checkpoint in sorted(folder.glob("step_*"), reverse=True)[total_limit:] if total_limit else []:
-        # Renamed first: half of it may be gone when the process is killed, and half a checkpoint must not look like one.
-        removed = folder / f".{checkpoint.name}-removed"
-        os.rename(checkpoint, removed)
-        shutil.rmtree(removed)
+def remove(checkpoint):
+    # Renamed first: half of it may be gone when the process is killed, and half a checkpoint must not look like one.
+    removed = checkpoint.with_name(f".{checkpoint.name}-removed")
+    os.rename(checkpoint, removed)
+    shutil.rmtree(removed)
 
 
 def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:

@@ -371,7 +371,11 @@ def decode_image(path, size: int) -> torch.Tensor:
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         image = image.convert("RGB")
         if image.size != (size, size):
-            image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color="white")
+            longer = max(image.size)
+            fitted = [max(1, round(side * size / longer)) for side in image.size]  # pad alone leaves nothing of a thin line
+            image = ImageOps.pad(
+                image.resize(fitted, Image.Resampling.BICUBIC), (size, size), Image.Resampling.BICUBIC, color="white"
+            )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -101,10 +101,10 @@ def collect_losses(accelerator, state):
     state.window_began = time.perf_counter()
     state.window.clear()
 
-    broken = ~losses.isfinite()
+    broken = ~losses.isfinite() & (index >= 0)  # filling repeats a row of the same update
     if broken.any():
         first = broken.any(2).any(0).nonzero()[0].item()  # the first micro-batch in which one of any process is
-        rows = sorted({state.name_row(row) for row in index[:, first][broken[:, first]].abs().tolist()})
+        rows = sorted({state.name_row(row) for row in index[:, first][broken[:, first]].tolist()})
         raise UserError(
             f"the loss of update {steps[first] + 1} is not finite (learning rate {learning_rates[first]:.3g}), {len(rows)} rows: "
             f"{'; '.join(rows[:5])}: lower --learning_rate, or look at these rows. What was saved before is safe"
@@ -116,7 +116,8 @@ def collect_losses(accelerator, state):
 
 
 def training_metrics(state, config):
-    """{"train/...": float} of the updates since the last call; the loss is the mean over every row of every process."""
+    """{"train/...": float} of the updates since the last call; the loss is the mean of the updates' losses, each the
+    mean over the rows of its global batch."""
     values = {
         # Summed exactly, whatever the order: an interruption or another number of processes does not change the last bit.
         "train/loss": math.fsum(state.losses) / len(state.losses),

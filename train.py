@@ -108,8 +108,8 @@ class Config:
     save_total_limit: int = option(2, "checkpoints that are kept, the newest ones; 0: all")
     best_metric: str = option(
         "min:eval/loss",
-        "what output_dir/best is the best of: min: or max:, then any name in the log; with one of rerank/ the number that is "
-        "reported would be chosen on its own queries",
+        "what output_dir/best is the best of: min: or max:, then a name of eval/ or rerank/; with one of rerank/ the number "
+        "that is reported would be chosen on its own queries",
     )
 
     output_dir: str = option(
@@ -185,7 +185,7 @@ def main():
     datasets = read_datasets(config, model, ("train", "eval", "test_vocabulary"))
     state = make_state(accelerator, config, datasets)
     checkpoint = find_checkpoint(accelerator, config, state)
-    if state.step == state.num_updates:
+    if state.step == state.num_updates and state.done:
         accelerator.print(f"{config.output_dir} holds a run that is finished ({state.step} updates), and is left as it is")
         return finish(accelerator)
     if checkpoint is not None:
@@ -312,7 +312,9 @@ def read_config(arguments: list[str]) -> Config:
         if not isinstance(values, dict):
             raise UserError(f"--config {file}: expected lines of the form `option: value`")
         # As flags before the others, so that a value is read and checked in one way wherever it stands, and the last one counts.
-        arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))] + arguments
+        arguments = [
+            word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))
+        ] + arguments
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(f"there is no such option: {' '.join(unknown)}; --help lists them")
@@ -324,8 +326,14 @@ def read_config(arguments: list[str]) -> Config:
         for value in [getattr(config, name)]
         if not value >= least  # so that NaN is one too
     ]
-    if not config.best_metric.startswith(("min:", "max:")):
-        problems.append(f"--best_metric is {config.best_metric}, it must begin with min: or max:")
+    if config.warmup_ratio > 1:
+        problems.append(f"--warmup_ratio is {config.warmup_ratio}, it must be at most 1: it is a share of the updates")
+    if config.seed >= 2**32:
+        problems.append(f"--seed is {config.seed}, it must be below 2**32")
+    if not config.best_metric.startswith(("min:eval/", "max:eval/", "min:rerank/", "max:rerank/")):
+        problems.append(
+            f"--best_metric is {config.best_metric}, it must be min: or max:, then a name that begins with eval/ or rerank/"
+        )
     if problems:
         raise UserError("; ".join(problems))
     return config
@@ -362,8 +370,10 @@ def make_output_dir(accelerator: Accelerator, config: Config):
     folder = Path(config.output_dir)
     if config.resume not in ("auto", "never") and not (Path(config.resume) / MANIFEST).is_file():
         raise UserError(f"--resume {config.resume}: no checkpoint is there; name a folder like output/checkpoints/step_00000200")
-    there = (folder / "log.jsonl").exists() and not Path(config.resume).resolve().is_relative_to(folder.resolve())
-    if there and config.resume != "auto":
+    goes_on = config.resume == "auto" or (
+        config.resume != "never" and Path(config.resume).resolve().is_relative_to(folder.resolve())
+    )
+    if (folder / "log.jsonl").exists() and not goes_on:
         raise UserError(f"--output_dir {folder} holds a run already: name another one, remove it, or leave --resume out")
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     make_writable(folder)
@@ -431,7 +441,7 @@ def find_checkpoint(accelerator: Accelerator, config: Config, state: TrainState)
     state.restore(saved)
     if not (folder / "best").exists():  # in another folder than the checkpoint's: the next evaluation is the best one here
         state.best_step = state.best_value = None
-    if state.step < state.num_updates:
+    if not (state.step == state.num_updates and state.done):
         others = [name for name, version in state.versions.items() if manifest["versions"].get(name) != version]
         warning = f" (last bits may differ: other versions of {', '.join(others)})" if others else ""
         accelerator.print(f"going on from update {state.step} of {state.num_updates}: {checkpoint}{warning}")

@@ -117,6 +117,12 @@ def test_proportions_are_kept_on_white(tmp_path):
     assert (pixels[:, :8] == 255).all() and (pixels[:, 8:24] == 0).all() and (pixels[:, 24:] == 255).all()
 
 
+@pytest.mark.parametrize("size", [(400, 3), (3, 400)])
+def test_a_thin_line_keeps_a_pixel(tmp_path, size):
+    Image.new("RGB", size, "black").save(tmp_path / "x.png")
+    assert (decode_image(tmp_path / "x.png", 32) == 0).sum() == 3 * 32
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_is_white(tmp_path, mode):
     image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))

@@ -1,5 +1,6 @@
 """Runs that are killed, asked to end, or cannot save, and that the same command brings to the end they would have had."""
 
+import json
 import re
 import shutil
 import sys
@@ -13,7 +14,7 @@ from conftest import column, launch, read_log, write_data
 from safetensors.torch import load_file
 
 import train
-from checkpoint import load_training_state, newest_checkpoint
+from checkpoint import MANIFEST, describe_file, load_training_state, newest_checkpoint, read_checkpoint
 from data import UserError
 
 OPTIONS = ["--max_steps", 20, "--save_every", 4, "--eval_every", 7, "--log_every", 3, "--num_negatives", 3, "--num_workers", 1]
@@ -109,6 +110,25 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted, data, tiny_model, monkey
 
 
 @pytest.mark.slow
+def test_a_run_stopped_in_its_last_evaluation_does_it_again(uninterrupted, data, tiny_model, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "output"
+    shutil.copytree(uninterrupted, folder)
+    checkpoint = folder / "checkpoints" / "step_00000020"
+    manifest, run = read_checkpoint(checkpoint)
+    (checkpoint / "run.json").write_text(json.dumps(run | {"done": False}))
+    manifest["files"]["run.json"] = describe_file(checkpoint / "run.json")
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tiny_model, folder, "--gradient_accumulation_steps", 4)])
+    train.main()
+    assert "going on from update 20 of 20" in capsys.readouterr().out
+    ours, theirs = (read_log(each)[1][-1] for each in (folder, uninterrupted))
+    assert {name: ours[name] for name in theirs if not name.startswith("train/")}.items() <= theirs.items()
+    assert (folder / "metric.csv").read_bytes() == (uninterrupted / "metric.csv").read_bytes()
+    train.main()
+    assert "holds a run that is finished (20 updates)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["zero3", "fsdp2"])
 def test_every_strategy_goes_on(config, start, tmp_path):
@@ -195,12 +215,13 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_going_on_with_another_number_of_processes(start, uninterrupted, tmp_path):
-    """At the same global batch: the same rows in the same order."""
+    """At the same global batch: the same rows in the same order. The damaged checkpoint is replaced."""
     folder = tmp_path / "output"
     shutil.copytree(uninterrupted, folder)
-    shutil.rmtree(folder / "checkpoints" / "step_00000020")
+    (folder / "checkpoints" / "step_00000020" / "run.json").write_text("{}")
     done = start(folder, "--gradient_accumulation_steps", 4, config="cpu")
     assert done.returncode == 0 and "going on from update 16 of 20" in done.stdout, done.stdout
+    assert newest_checkpoint(ALONE, folder / "checkpoints").name == "step_00000020"
     ours, theirs = (column(read_log(each)[1], "train/loss") for each in (folder, uninterrupted))
     assert ours == pytest.approx(theirs, rel=0.05)  # but for the dropout, which is another one
     assert column(read_log(folder)[1], "train/learning_rate") == column(read_log(uninterrupted)[1], "train/learning_rate")

@@ -303,9 +303,12 @@ def test_weight_decay_groups():
 
 
 def test_config_from_yaml_and_flags(tmp_path):
-    (tmp_path / "run.yaml").write_text("learning_rate: 1e-3\nnum_epochs: 7\noutput_dir: 출력\n", encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(
+        "learning_rate: 1e-3\nnum_epochs: 7\noutput_dir: 출력\nmodel_name_or_path: null\n", encoding="utf-8"
+    )
     config = train.read_config(["--config", str(tmp_path / "run.yaml"), "--num_epochs", "3"])
     assert (config.learning_rate, config.num_epochs, config.output_dir, config.seed) == (1e-3, 3, "출력", 0)
+    assert config.model_name_or_path is None
 
 
 @pytest.mark.parametrize(
@@ -313,13 +316,23 @@ def test_config_from_yaml_and_flags(tmp_path):
     [
         (["--learning_rate", "-1", "--num_epochs", "0"], "--learning_rate is -1.0.*--num_epochs is 0"),
         (["--learning_rate", "nan"], "--learning_rate is nan"),
-        (["--best_metric", "eval/loss"], "must begin with min: or max:"),
+        (["--best_metric", "eval/loss"], "must be min: or max:"),
+        (["--best_metric", "min:train/loss"], "begins with eval/ or rerank/"),
+        (["--warmup_ratio", "10"], "--warmup_ratio is 10.0, it must be at most 1"),
+        (["--seed", str(2**32)], "--seed is 4294967296, it must be below"),
         (["--config", "absent.yaml"], "absent.yaml"),
     ],
 )
 def test_config_that_cannot_be(arguments, message):
     with pytest.raises(UserError, match=message):
         train.read_config(arguments)
+
+
+def test_a_run_in_the_working_directory_is_not_overwritten(monkeypatch, tmp_path):
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="holds a run already"):
+        train.make_output_dir(None, train.read_config(["--output_dir", ".", "--resume", "never"]))
 
 
 def test_help_has_each_option_with_its_default_under_a_heading(monkeypatch):
