@@ -35,7 +35,7 @@ COPIED = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKe
 PARSED = ("candidate_resourceKey", "x_info", "y_info")  # columns of literals
 CELL_LIMIT = 1_000_000  # characters
 PIXEL_LIMIT = 50_000_000  # of one image: a small file can unpack to more than the memory holds
-CACHE_LIMIT = 2_000_000_000  # bytes of decoded images that a process keeps
+CACHE_LIMIT = 2_000_000_000  # bytes of decoded pages, and as many of elements, that a process keeps
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # by content, whatever the name says; some others run programs
 
 

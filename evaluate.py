@@ -14,8 +14,8 @@ In the order of the calls. Each function names the method of Trainer that it sta
           rerank_evaluation_loop -> compute_metrics
 
 N queries, C candidates, M distinct inputs, B batch, D output width, W processes. Memory of a rerank evaluation, in bytes, on
-each process: 4 x M x D for the outputs (twice that while they are gathered), 12 x N x C for the scores and the indices, 2**19 x D
-for the pairs that are being scored, and one batch of inputs; nothing grows with images (tests/benchmarks/rerank_evaluation.py).
+each process: 4 x M x D for the outputs (four times that while they are put in place), at most 38 x N x C for scores and indices,
+2**19 x D for the pairs being scored, and one batch of inputs; nothing grows with images (tests/benchmarks/rerank_evaluation.py).
 """
 
 import argparse
