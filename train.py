@@ -312,9 +312,9 @@ def read_config(arguments: list[str]) -> Config:
         if not isinstance(values, dict):
             raise UserError(f"--config {file}: expected lines of the form `option: value`")
         # As flags before the others, so that a value is read and checked in one way wherever it stands, and the last one counts.
-        arguments = [
-            word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))
-        ] + arguments
+        # One that is null has its default.
+        given = [(name, value) for name, value in values.items() if value is not None or name not in Config.__dataclass_fields__]
+        arguments = [word for name, value in given for word in (f"--{name}", str(value))] + arguments
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(f"there is no such option: {' '.join(unknown)}; --help lists them")
