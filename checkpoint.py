@@ -32,7 +32,8 @@ def save_checkpoint(accelerator: Accelerator, model, state, folder: Path, total_
     """Write checkpoints/step_... to `folder`, then remove all but the newest `total_limit` (0: none).
 
     Every process must call it, with no losses left in state.window. A process that is killed, or a disk that is full, at any
-    moment of it leaves the checkpoints that were there before. Raises UserError.
+    moment of it leaves the checkpoints that were there before; only one of this same step, which is replaced, may be lost to a
+    kill between two renames. Raises UserError.
     """
     checkpoint = folder / f"step_{state.step:08d}"
     unfinished = folder / f".{checkpoint.name}-unfinished"

@@ -373,9 +373,7 @@ def decode_image(path, size: int) -> torch.Tensor:
         if image.size != (size, size):
             longer = max(image.size)
             fitted = [max(1, round(side * size / longer)) for side in image.size]  # pad alone leaves nothing of a thin line
-            image = ImageOps.pad(
-                image.resize(fitted, Image.Resampling.BICUBIC), (size, size), Image.Resampling.BICUBIC, color="white"
-            )
+            image = ImageOps.pad(image.resize(fitted, Image.Resampling.BICUBIC), (size, size), color="white")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

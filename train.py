@@ -153,6 +153,10 @@ class TrainState:
     grad_norm: torch.Tensor | float = 0.0
     learning_rate: float = 0.0
 
+    @property
+    def finished(self) -> bool:
+        return self.step == self.num_updates and self.done
+
     def to_save(self):
         """What JSON can hold of it: a dict, which `restore` takes."""
         return {name: getattr(self, name) for name in SAVED}
@@ -185,7 +189,7 @@ def main():
     datasets = read_datasets(config, model, ("train", "eval", "test_vocabulary"))
     state = make_state(accelerator, config, datasets)
     checkpoint = find_checkpoint(accelerator, config, state)
-    if state.step == state.num_updates and state.done:
+    if state.finished:
         accelerator.print(f"{config.output_dir} holds a run that is finished ({state.step} updates), and is left as it is")
         return finish(accelerator)
     if checkpoint is not None:
@@ -441,7 +445,7 @@ def find_checkpoint(accelerator: Accelerator, config: Config, state: TrainState)
     state.restore(saved)
     if not (folder / "best").exists():  # in another folder than the checkpoint's: the next evaluation is the best one here
         state.best_step = state.best_value = None
-    if not (state.step == state.num_updates and state.done):
+    if not state.finished:
         others = [name for name, version in state.versions.items() if manifest["versions"].get(name) != version]
         warning = f" (last bits may differ: other versions of {', '.join(others)})" if others else ""
         accelerator.print(f"going on from update {state.step} of {state.num_updates}: {checkpoint}{warning}")
