@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import stat
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
@@ -335,29 +334,26 @@ def look_at(root, size, keys):
 
     pixels: uint8 (len(paths), 3, size, size), or, for size None, nothing: the files are only checked.
     """
-    # An array, since tensors would come through shared memory, of which containers have little.
-    paths, pixels = [], np.empty((len(keys), 3, size or 0, size or 0), dtype=np.uint8)
+    paths, pixels = [], []
     try:
-        for i, key in enumerate(keys):
+        for key in keys:
             path = find_image(root, key)
             if size is None:
                 check_image(path)
             else:
-                pixels[i] = decode_image(path, size).numpy()
+                pixels.append(decode_image(path, size).numpy())
             paths.append(path)
     except UserError as error:  # not raised, since DataLoader would put the traceback of its worker before it
         return paths, None, str(error)
-    return paths, pixels, None
+    # An array, since tensors would come through shared memory, of which containers have little.
+    return paths, np.array(pixels), None
 
 
 def find_image(root: str, key: str) -> str:
     """The file of a key, certain to lie inside `root`, a folder's real path; symbolic links are followed. Raises UserError."""
     name = f"{key}.png"
     try:
-        path = os.path.join(root, name)
-        # realpath looks at each folder on the way, which takes as long as to read a small file.
-        if os.path.basename(name) != name or not stat.S_ISREG(os.lstat(path).st_mode):
-            path = os.path.realpath(path, strict=True)
+        path = os.path.realpath(os.path.join(root, name), strict=True)
     except (OSError, ValueError):  # absent, a null byte, a loop of links
         raise UserError(f"{root}: there is no such file: {shorten(name)}") from None
     if not path.startswith(os.path.join(root, "")):
