@@ -86,6 +86,7 @@ class Rows:
     columns: dict  # {name: list of N str}, those that metric.csv repeats
     keys: dict  # {key, relevant or candidate: the first of the N rows that asks for it}, K of them, in this order
     relevant: np.ndarray  # int32 (N,), as places in `keys`
+    labels: np.ndarray  # int32 (N,), the column of the relevant candidate, -1 where it is missing
     candidates: "Candidates"
     counts: dict  # {"used": N, "no_candidates": ..., "too_many_candidates": ...}
 
@@ -129,7 +130,7 @@ def read_rows(data_dir: str | Path, split: str, max_candidates: int) -> Rows:
     columns = {name: [] for name in COPIED}
     keys, lists, counts = {}, {}, {"used": 0, "no_candidates": 0, "too_many_candidates": 0}
     place_of = {}  # key -> place in `keys`
-    numbers, relevant, which, lengths, places = (array(kind) for kind in "qiiii")
+    numbers, relevant, labels, which, lengths, places = (array(kind) for kind in "qiiiii")
     for number, row in read_csv(path, COPIED + PARSED):
         parsed = {}
         for name in PARSED:
@@ -151,6 +152,7 @@ def read_rows(data_dir: str | Path, split: str, max_candidates: int) -> Rows:
                 place_of[key] = len(place_of)
                 keys[key] = index
         relevant.append(place_of[row["resourceKey"]])
+        labels.append(listed.index(row["resourceKey"]) if row["resourceKey"] in listed else -1)
         listed = array("i", [place_of[key] for key in listed])
         new = len(lists)
         which.append(lists.setdefault(listed.tobytes(), new))
@@ -159,8 +161,8 @@ def read_rows(data_dir: str | Path, split: str, max_candidates: int) -> Rows:
             places.extend(listed)
     if not numbers:
         raise UserError(f"{path}: no row is left to use: {counts}, where too many is {max_candidates} or more")
-    numbers, relevant, which, lengths, places = map(np.asarray, (numbers, relevant, which, lengths, places))
-    return Rows(path, numbers, columns, keys, relevant, Candidates(list(keys), which, lengths, places), counts)
+    numbers, relevant, labels, which, lengths, places = map(np.asarray, (numbers, relevant, labels, which, lengths, places))
+    return Rows(path, numbers, columns, keys, relevant, labels, Candidates(list(keys), which, lengths, places), counts)
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -405,31 +407,51 @@ class SharedDataset(Dataset):
     def __init__(self, rows, inputs, num_negatives, seed):
         self.rows, self.inputs, self.num_negatives, self.seed = rows, inputs, num_negatives, seed
         self.queries, self.candidates = inputs.number(rows)  # (N,), (K,)
+        self.num_others = np.diff(rows.candidates.bounds)[rows.candidates.which] - (rows.labels >= 0)  # (N,)
         self.labels = torch.zeros(len(self), dtype=torch.int64)  # (N,): the relevant candidate is put first
         self.groups = [(range(len(self)), 1)]
+        self.epoch, self.drawn = None, np.empty(0)  # of the latest batch: its epoch, what `draw` gave
 
     def __len__(self):
         return len(self.queries)
 
     def __getitems__(self, keys):
-        """A batch, made whole, since a call for each row would cost more than the rows: index int64 (B,), -1 for filling; weight
-        float32 (B,); the rest is what the model's `forward` takes."""
-        rows, _, weights = map(list, zip(*keys, strict=True))
-        places = np.empty((len(keys), 1 + self.num_negatives), dtype=np.int64)  # (B, 1 + k)
-        candidate_mask = np.zeros(places.shape, dtype=bool)  # (B, 1 + k)
-        for i, (row, epoch, _) in enumerate(keys):
-            relevant, listed = self.rows.relevant[row], self.rows.candidates.places_of(row)
-            drawn = np.random.default_rng((self.seed, epoch, row)).permutation(listed[listed != relevant])[: self.num_negatives]
-            places[i] = relevant  # a short list is padded, and the padding masked
-            places[i, 1 : 1 + len(drawn)] = drawn
-            candidate_mask[i, : 1 + len(drawn)] = True
+        """A batch of one epoch, made whole, since a call for each row would cost more than the rows: index int64 (B,), -1 for
+        filling; weight float32 (B,); the rest is what the model's `forward` takes."""
+        rows, epochs, weights = zip(*keys, strict=True)
+        rows, (epoch,), weights = np.array(rows), set(epochs), np.array(weights, dtype=np.float32)  # (B,), one, (B,)
+        if epoch != self.epoch:
+            self.epoch, self.drawn = epoch, self.draw(epoch)
+        places = self.drawn[rows]  # (B, 1 + k)
+        candidate_mask = np.arange(places.shape[1]) <= self.num_others[rows, None]  # (B, 1 + k)
         return {
-            "index": torch.tensor([row if weight else -1 for row, weight in zip(rows, weights, strict=True)]),  # (B,)
-            "weight": torch.tensor(weights, dtype=torch.float32),  # (B,)
+            "index": torch.from_numpy(np.where(weights > 0, rows, -1)),  # (B,)
+            "weight": torch.from_numpy(weights),  # (B,)
             **self.inputs.take_rows(self.queries[rows], self.candidates[places]),
             "candidate_mask": torch.from_numpy(candidate_mask),  # (B, 1 + k)
             "labels": self.labels[rows],  # (B,)
         }
+
+    def draw(self, epoch):
+        """Of every row its relevant candidate and k others, int32 (N, 1 + k), as places in rows.keys; a row that has fewer is
+        padded with the relevant one. All rows at once, since a generator for each costs more than the rest of a small batch.
+
+        By Floyd's algorithm, which takes k chances, however long the list (Bentley and Floyd, "Programming pearls: a sample of
+        brilliance", Communications of the ACM 30(9), 1987).
+        """
+        listed, labels = self.rows.candidates, self.rows.labels
+        generator = np.random.default_rng((self.seed, epoch, 1))  # 1: not the chances that TrainSampler orders the rows by
+        chances = generator.random((len(self), self.num_negatives))  # those of a row do not depend on the rows after it
+        columns = np.full(chances.shape, -1)  # (N, k) among the others of a row; the last one is drawn first
+        for i in range(self.num_negatives):
+            highest = self.num_others - self.num_negatives + i  # (N,), below 0 where there are too few
+            column = (chances[:, i] * (highest + 1)).astype(np.int64)  # from 0 to the highest
+            column = np.where((columns == column[:, None]).any(1), highest, column)
+            columns[:, -1 - i] = np.where(highest < 0, -1, column)
+        columns += (labels >= 0)[:, None] & (columns >= labels[:, None])  # the relevant one is stepped over
+        starts = listed.bounds[listed.which]  # (N,)
+        drawn = np.where(columns < 0, self.rows.relevant[:, None], listed.places[starts[:, None] + columns])
+        return np.column_stack([self.rows.relevant, drawn])
 
 
 class RerankDataset(Dataset):
@@ -449,8 +471,7 @@ class RerankDataset(Dataset):
         self.groups = inputs.groups(self.numbers)
         self.queries = torch.from_numpy(np.searchsorted(self.numbers, queries))
         self.candidates = torch.from_numpy(np.where(places >= 0, np.searchsorted(self.numbers, candidates), -1))
-        relevant = places == rows.relevant[:, None]  # (N, C)
-        self.labels = torch.from_numpy(np.where(relevant.any(1), relevant.argmax(1), -1))
+        self.labels = torch.from_numpy(rows.labels.astype(np.int64))
 
     def __len__(self):
         return len(self.numbers)

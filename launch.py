@@ -27,6 +27,9 @@ def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
     max_grad_norm: for DeepSpeed, which clips by itself. Raises UserError where accelerate would quietly run something else.
     """
     transformers_logging.disable_progress_bar()  # a bar for each of a hundred saved models
+    # Twice an update accelerate looks on all of sys.path for an optimizer that is not used here: a quarter of a millisecond. None
+    # says that it is not there.
+    sys.modules["lomo_optim"] = None  # pyrefly: ignore[unsupported-operation]
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     # On CPU processes only find each other if told so: DDP through cpu=True, DeepSpeed, which cpu=True would drop, through gloo.

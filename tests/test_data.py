@@ -1,11 +1,13 @@
 """The CSV and image contract: what is accepted comes out right, what is not is one clear error before any training."""
 
 import ast
+import itertools
 import json
 import os
 import struct
 import zlib
 from argparse import Namespace
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -307,6 +309,33 @@ def test_the_draw_depends_on_seed_epoch_and_row_alone(data_dir):
     assert torch.equal(draws(train, 3), draws(again, 3))
     assert not torch.equal(draws(train, 3), draws(train, 4))
     assert not torch.equal(draws(train, 3), draws(other_seed, 3))
+
+    path = data_dir / "csv" / "train.csv"
+    rows = [list(row.values()) for row in read_csv(path)]
+    write_csv(path, rows[:20])
+    fewer, _, _ = read_all(data_dir)
+    assert torch.equal(draws(fewer, 3), draws(train, 3)[:20])
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_each_choice_of_others_is_drawn_as_often(data_dir, missing):
+    path = data_dir / "csv" / "train.csv"
+    row = read_csv(path)[0] | {"candidate_resourceKey": [f"element_{i}" for i in (1, 2, 3, 4, 6, 7)]}
+    row["resourceKey"] = "element_8" if missing else "element_3"
+    write_csv(path, [list(row.values())] * 2000)
+    train, _, _ = read_all(data_dir)
+    keys = list(train.rows.keys)
+    found = Counter()
+    for epoch in range(10):
+        relevant, *drawn = train.draw(epoch).T
+        assert {keys[place] for place in relevant} == {row["resourceKey"]}
+        found.update(tuple(sorted(keys[place] for place in places)) for places in np.transpose(drawn))
+    others = [key for key in row["candidate_resourceKey"] if key != row["resourceKey"]]
+    choices = list(itertools.combinations(others, 3))
+    assert sorted(found) == choices  # ten, or twenty
+    expected = 20_000 / len(choices)
+    chi_squared = sum((times - expected) ** 2 / expected for times in found.values())
+    assert chi_squared < {10: 27.9, 20: 43.8}[len(choices)]  # what chance exceeds once in a thousand times
 
 
 def test_any_number_of_workers_gives_the_same_batches(data_dir):
