@@ -16,6 +16,8 @@ from PIL import Image
 from model import DualEncoder, DualEncoderConfig
 
 REPOSITORY = Path(__file__).parent.parent
+# Two launches may share the cores: waiting threads that hold on to them slow both tenfold. Alone, it is twice as slow.
+SIDE_BY_SIDE = {"OMP_WAIT_POLICY": "PASSIVE"}
 COLUMNS = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info"]
 
 
@@ -117,7 +119,7 @@ def launch(
     )
     done = subprocess.run(
         command,
-        env=launch_environment() | ({} if wandb else {"WANDB_MODE": "disabled"}) | environment,
+        env=launch_environment() | SIDE_BY_SIDE | ({} if wandb else {"WANDB_MODE": "disabled"}) | environment,
         cwd=cwd or REPOSITORY,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -150,9 +152,8 @@ def launch_command(script, *arguments, config="cpu", processes=None, mixed_preci
 
 def launch_environment():
     """This one without what would change a launch, and with the programs of this Python, ninja and accelerate among them."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "ACCELERATE", "OMP"))}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return kept | {"PATH": path, "OMP_WAIT_POLICY": "PASSIVE"}  # two launches may share the cores
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "ACCELERATE", "OMP_NUM"))}
+    return kept | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
 
 
 def read_log(output_dir):

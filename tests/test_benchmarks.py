@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, launch_environment
+from conftest import REPOSITORY, SIDE_BY_SIDE, launch_environment
 
 ROWS = {
     "training": ["train.py", "Trainer", "Trainer, same DataLoader", "bare loop, same DataLoader", "bare loop, batches in memory"],
@@ -23,7 +23,7 @@ ROWS = {
 def test_a_small_version(name):
     done = subprocess.run(
         [sys.executable, REPOSITORY / "tests" / "benchmarks" / f"{name}.py", "--small"],
-        env=launch_environment(),
+        env=launch_environment() | SIDE_BY_SIDE,
         capture_output=True,
         text=True,
         timeout=400,

@@ -60,7 +60,7 @@ def measure_here():
     torch.manual_seed(0)
     model = load_model(folder / "tiny" if arguments.small else None)
 
-    config = Namespace(output_dir=folder, per_device_eval_batch_size=64, num_workers=0, data_dir=data_dir, max_candidates=400)
+    config = Namespace(**vars(train.read_config([])) | {"output_dir": folder, "data_dir": data_dir})
     dataset = read_datasets(config, model, ["test_vocabulary"])[0]
     model = accelerator.prepare_model(model, evaluation_mode=True)
     trainers = {
