@@ -1,10 +1,11 @@
-"""The rerank evaluation: ours, the per-query loop of the Trainer reference with and without its cache, and the floor.
+"""The rerank evaluation: ours, the per-query loop of the Trainer reference, and the floor.
 
     python tests/benchmarks/rerank_evaluation.py
 
-It launches itself on one process and on two. The floor sends each distinct image through the model once, from memory, at the best
-batch size, divided among the processes, and does nothing else; the lower floor has a best batch size for elements and another for
-pages. Then how time and memory of ours grow with the queries over the same pages and elements.
+It launches itself on one process and on two. The Trainer reference keeps embeddings for later queries, or not, or decodes images
+at each use as well. The floor sends each distinct image through the model once, from memory, at the best batch size, divided among
+the processes, and does nothing else; the lower floor has a best batch size for elements and another for pages. Then how time and
+memory of ours grow with the queries over the same pages and elements.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import measure
 import numpy as np
@@ -24,10 +26,11 @@ import torch
 from conftest import launch_command, launch_environment, make_tiny_model, read_csv, write_csv, write_data
 from trainer_reference import make_trainer
 
+import data
 import evaluate
 import sample_data
 import train
-from data import Key, read_datasets
+from data import Key
 from launch import finish, make_accelerator
 from metrics import compute_metrics
 from model import load_model
@@ -61,11 +64,17 @@ def measure_here():
     model = load_model(folder / "tiny" if arguments.small else None)
 
     config = Namespace(**vars(train.read_config([])) | {"output_dir": folder, "data_dir": data_dir})
-    dataset = read_datasets(config, model, ["test_vocabulary"])[0]
+    dataset = data.read_datasets(config, model, ["test_vocabulary"])[0]
     model = accelerator.prepare_model(model, evaluation_mode=True)
+    with mock.patch.object(data, "CACHE_LIMIT", 0):
+        decoding = data.read_datasets(config, model, ["test_vocabulary"])[0]
     trainers = {
-        name: make_trainer(train.read_config(["--output_dir", str(folder)]), model, *[dataset] * 3, 1, cache=cache)
-        for name, cache in (("Trainer reference", True), ("Trainer reference, no cache", False))
+        name: make_trainer(train.read_config(["--output_dir", str(folder)]), model, *[queries] * 3, 1, cache=cache)
+        for name, queries, cache in (
+            ("Trainer reference", dataset, True),
+            ("Trainer reference, embeddings not kept", dataset, False),
+            ("Trainer reference, nothing kept", decoding, False),
+        )
     }
     for trainer in trainers.values():
         trainer.log = lambda values: None
@@ -160,7 +169,7 @@ def growth(accelerator, model, config, folder, factors):
     for factor in factors:
         write_csv(folder / "more" / "csv" / "test_vocabulary.csv", [list(row.values()) for row in rows] * factor, list(rows[0]))
         more = Namespace(**vars(config) | {"data_dir": folder / "more"})
-        datasets[factor] = read_datasets(more, model, ["test_vocabulary"])[0]
+        datasets[factor] = data.read_datasets(more, model, ["test_vocabulary"])[0]
     memory = {
         factor: measure.peak_memory(lambda dataset=dataset: ours(accelerator, model, dataset, config))
         for factor, dataset in datasets.items()
