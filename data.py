@@ -367,10 +367,10 @@ def decode_image(path, size: int) -> torch.Tensor:
     """An image of any mode and size to uint8 (3, size, size), centred on white, its proportions kept. Raises UserError."""
     with open_image(path) as image:
         image.load()
+        if image.mode.startswith("I;16"):  # grey of 16 bits, which convert() would clip to white
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        elif image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         image = image.convert("RGB")
         if image.size != (size, size):
             longer = max(image.size)
@@ -391,6 +391,8 @@ def open_image(path):
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise UserError(f"{path}: {image.width} x {image.height} pixels; the limit is {PIXEL_LIMIT:,}")
+            if image.mode in ("I", "F"):  # of no fixed range, so nothing says what is white
+                raise UserError(f"{path}: pixels of 32 bits; save it with 8 or 16 bits a channel")
             yield image
     except UserError:
         raise

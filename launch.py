@@ -115,7 +115,7 @@ class Stopped(Exception):
     """The run was asked to end; every process has finished its update and raises this at the same one."""
 
 
-_stop = SimpleNamespace(signal=None, group=None, parent=None)
+_stop = SimpleNamespace(watched=False, signal=None, group=None, launcher=None)
 
 
 def watch_for_stop(accelerator: Accelerator):
@@ -126,16 +126,19 @@ def watch_for_stop(accelerator: Accelerator):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, remember)
-    _stop.parent = os.getppid()
+    _stop.watched = True
+    # Of `python train.py` the parent is a shell, which may end before it.
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    _stop.launcher = os.getppid() if launched else None
     if accelerator.num_processes > 1:
         _stop.group = torch.distributed.new_group(backend="gloo")  # between the hosts: a GPU's queue of work is not waited for
 
 
 def stop_if_asked():
     """Raise Stopped on every process if one was asked to end, or has lost its launcher. Nothing without `watch_for_stop`."""
-    if _stop.parent is None:
+    if not _stop.watched:
         return
-    asked = torch.tensor(int(_stop.signal is not None or os.getppid() != _stop.parent))
+    asked = torch.tensor(int(_stop.signal is not None or _stop.launcher not in (None, os.getppid())))
     if _stop.group is not None:
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=_stop.group)
     if asked:

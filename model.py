@@ -167,6 +167,7 @@ def load_model(model_name_or_path: str | Path | None) -> DualEncoder:
         model_name_or_path, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
     size = getattr(config, "image_size", None) or 224
+    size = size if isinstance(size, int) else max(size)  # some say height and width
     with torch.no_grad():
         feature_size = pool_all_levels(backbone, torch.zeros(1, 3, size, size)).shape[1]
     options = {"feature_size": feature_size, "page_size": size, "element_size": size} | read_preprocessing(model_name_or_path)

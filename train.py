@@ -70,7 +70,7 @@ class Config:
         7, "candidates drawn for a row besides the relevant one, in training and in the shared evaluation; each one costs time"
     )
     num_workers: int = option(
-        0, "DataLoader workers per process; 0 is fastest while the decoded images fit in 2 GB, else about 4"
+        0, "DataLoader workers per process; 0 is fastest while the decoded pages and elements fit in 2 GB each, else about 4"
     )
 
     model_name_or_path: str | None = option(

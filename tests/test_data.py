@@ -1,6 +1,7 @@
 """The CSV and image contract: what is accepted comes out right, what is not is one clear error before any training."""
 
 import ast
+import io
 import itertools
 import json
 import os
@@ -135,6 +136,11 @@ def test_transparent_is_white(tmp_path, mode):
     assert pixels[:, 0, 0].tolist() == ([0, 0, 0] if mode == "LA" else [255, 0, 0])
 
 
+def test_grey_of_16_bits_with_a_transparent_one(tmp_path):
+    Image.new("I;16", (32, 32), 100 * 257).save(tmp_path / "x.png", transparency=7)
+    assert (decode_image(tmp_path / "x.png", 32) == 100).all()
+
+
 def test_folders_may_be_links_and_keys_may_be_paths(data_dir, tmp_path):
     os.rename(data_dir / "elements", tmp_path / "elsewhere")
     (data_dir / "elements").symlink_to(tmp_path / "elsewhere")
@@ -212,6 +218,12 @@ def test_link_that_leaves_the_folder(data_dir, tmp_path):
     assert "'link' points outside" in refusal(data_dir)
 
 
+def saved(image, file_format):
+    file = io.BytesIO()
+    image.save(file, file_format)
+    return file.getvalue()
+
+
 def enormous_png(width, height):
     """A few bytes that claim to be width x height."""
 
@@ -230,6 +242,7 @@ def test_images_that_cannot_be_used(data_dir, monkeypatch, cached):
     path = data_dir / "elements" / "element_1.png"
     good = path.read_bytes()
     broken = {"truncated": good[: len(good) // 2], "enormous": enormous_png(20_000, 20_000), "bomb": enormous_png(99_999, 99_999)}
+    broken |= {f"32 bits, {mode}": saved(Image.new(mode, (9, 9)), "TIFF") for mode in ("I", "F")}
     broken |= {"empty": b"", "text": b"not an image", "flipped": good[:600] + bytes([good[600] ^ 1]) + good[601:]}
     for content in broken.values():
         path.write_bytes(content)

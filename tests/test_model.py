@@ -24,6 +24,8 @@ BACKBONES = {
     "siglip_vision_model": TINY,
     "dinov2": TINY | {"mlp_ratio": 2},
     "swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "image_size": 32, "patch_size": 2, "window_size": 4},
+    "hiera": {"image_size": [32, 32], "patch_stride": [4, 4], "depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16}
+    | {"query_stride": [2, 2], "num_query_pool": 1, "masked_unit_size": [4, 4], "masked_unit_attention": [True, False]},
     "resnet": {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16},
 }
 

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import column, launch, read_log, write_data
+from conftest import REPOSITORY, SIDE_BY_SIDE, column, launch, launch_environment, read_log, write_data
 from safetensors.torch import load_file
 
 import train
@@ -155,6 +157,24 @@ def test_processes_without_a_launcher_end(start, tmp_path):
     done = start(tmp_path / "output", at="train_step 11 0", what="ORPHAN")  # returns once the last of them is gone
     assert "stopped, as asked, after update 6" in done.stdout, done.stdout
     assert newest_checkpoint(ALONE, tmp_path / "output" / "checkpoints").name == "step_00000006"
+
+
+@pytest.mark.slow
+def test_a_shell_that_ends_leaves_the_run_alone(data, tiny_model, tmp_path):
+    """As after `nohup python train.py &` and a log-out."""
+    program = [sys.executable, REPOSITORY / "train.py", *flags(data, tiny_model, tmp_path / "output", "--report_to", "none")]
+    subprocess.run(
+        f"{shlex.join(map(str, program))} > {tmp_path}/log 2>&1 &",
+        shell=True,
+        env=launch_environment() | SIDE_BY_SIDE,
+        check=True,
+    )
+    for _ in range(600):
+        log = (tmp_path / "log").read_text()
+        if "to evaluate it again" in log or "stopped, as asked" in log or "rror" in log:
+            break
+        time.sleep(0.2)
+    assert "20 updates of 4 rows" in log, log
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):

@@ -3,9 +3,9 @@
     python tests/benchmarks/rerank_evaluation.py
 
 It launches itself on one process and on two. The Trainer reference keeps embeddings for later queries, or not, or decodes images
-at each use as well. The floor sends each distinct image through the model once, from memory, at the best batch size, divided among
-the processes, and does nothing else; the lower floor has a best batch size for elements and another for pages. Then how time and
-memory of ours grow with the queries over the same pages and elements.
+at each use as well. The floor sends each distinct image through the model once, from memory, at the best batch size, divided
+among the processes, and does nothing else; the lower floor has a best batch size for elements and another for pages. Then how
+time and memory of ours grow with the queries over the same pages and elements.
 """
 
 import contextlib
