@@ -162,19 +162,17 @@ def test_processes_without_a_launcher_end(start, tmp_path):
 @pytest.mark.slow
 def test_a_shell_that_ends_leaves_the_run_alone(data, tiny_model, tmp_path):
     """As after `nohup python train.py &` and a log-out."""
-    program = [sys.executable, REPOSITORY / "train.py", *flags(data, tiny_model, tmp_path / "output", "--report_to", "none")]
-    subprocess.run(
-        f"{shlex.join(map(str, program))} > {tmp_path}/log 2>&1 &",
-        shell=True,
-        env=launch_environment() | SIDE_BY_SIDE,
-        check=True,
-    )
+    arguments = flags(data, tiny_model, tmp_path / "output", "--report_to", "none", "--max_steps", 60)
+    program = shlex.join([sys.executable, str(REPOSITORY / "train.py"), *arguments])
+    # The shell is there until training has begun, and gone long before it is at its end.
+    shell = f"{program} > log 2>&1 & while kill -0 $! && ! grep -q '^update  *0 ' log; do sleep 0.1; done"
+    subprocess.run(shell, shell=True, cwd=tmp_path, env=launch_environment() | SIDE_BY_SIDE, check=True)
     for _ in range(600):
         log = (tmp_path / "log").read_text()
-        if "to evaluate it again" in log or "stopped, as asked" in log or "rror" in log:
+        if "to evaluate it again" in log or "stopped, as asked" in log or "Error" in log:
             break
         time.sleep(0.2)
-    assert "20 updates of 4 rows" in log, log
+    assert "60 updates of 4 rows" in log, log
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
