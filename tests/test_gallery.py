@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import unicodedata
 from argparse import Namespace
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from conftest import column, read_csv, save_image, write_csv, write_data
+from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
@@ -162,7 +164,8 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.tags, self.data, self.links = [], None, []
-        self.feed(path.read_text(encoding="utf-8"))
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
@@ -195,6 +198,8 @@ def test_the_gallery_holds_what_metric_csv_says(dataset, tmp_path):
         looks |= {path for path, _ in expected} | {dataset.show_query(row)[1]}
     assert queries[MISSING]["rank"] is None and queries[MISSING]["scores"][-1] is None
     assert len(pictures) == len({picture["image"] for picture in pictures}) == len(looks)  # each once
+    font = TTFont(io.BytesIO(base64.b64decode(re.search("data:font/woff;base64,([^)]*)", page.text)[1])))
+    assert {ord(character) for word in ("하트", "heart", "0.125") for character in word} <= font.getBestCmap().keys()
     sizes = {Image.open(io.BytesIO(base64.b64decode(picture["image"].split(",")[1]))).size for picture in pictures}
     assert sizes == {(128, 128), (80, 80)}
 
