@@ -79,7 +79,7 @@ class Config:
         heading="model",
     )
 
-    num_epochs: int = option(2, "passes over train.csv; 2 take 3 minutes on two CPU cores", heading="optimization")
+    num_epochs: int = option(2, "passes over train.csv; 2 take 1 to 3 minutes on two CPU cores", heading="optimization")
     max_steps: int = option(
         0, "stop after this many updates, and plan the learning rate for them, 20 for a trial; 0: as num_epochs says"
     )
