@@ -367,8 +367,9 @@ def decode_image(path, size: int) -> torch.Tensor:
     """An image of any mode and size to uint8 (3, size, size), centred on white, its proportions kept. Raises UserError."""
     with open_image(path) as image:
         image.load()
-        if image.mode.startswith("I;16"):  # grey of 16 bits, which convert() would clip to white
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode.startswith("I;16"):  # grey of 16 bits, which convert() would clip to white; one of them may be transparent
+            grey = np.asarray(image)
+            image = Image.fromarray(np.where(grey == image.info.get("transparency"), 255, grey // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = image.convert("RGB")
@@ -392,7 +393,7 @@ def open_image(path):
             if image.width * image.height > PIXEL_LIMIT:
                 raise UserError(f"{path}: {image.width} x {image.height} pixels; the limit is {PIXEL_LIMIT:,}")
             if image.mode in ("I", "F"):  # of no fixed range, so nothing says what is white
-                raise UserError(f"{path}: pixels of 32 bits; save it with 8 or 16 bits a channel")
+                raise UserError(f"{path}: pixels of 32 bits, or signed ones; save it with 8 bits a channel, or 16 unsigned")
             yield image
     except UserError:
         raise
@@ -421,9 +422,10 @@ class SharedDataset(Dataset):
         """A batch of one epoch, made whole, since a call for each row would cost more than the rows: index int64 (B,), -1 for
         filling; weight float32 (B,); the rest is what the model's `forward` takes."""
         rows, epochs, weights = zip(*keys, strict=True)
-        rows, (epoch,), weights = np.array(rows), set(epochs), np.array(weights, dtype=np.float32)  # (B,), one, (B,)
-        if epoch != self.epoch:
-            self.epoch, self.drawn = epoch, self.draw(epoch)
+        assert len(set(epochs)) == 1, "the keys of a batch must be of one epoch"
+        if epochs[0] != self.epoch:
+            self.epoch, self.drawn = epochs[0], self.draw(epochs[0])
+        rows, weights = np.array(rows), np.array(weights, dtype=np.float32)  # (B,), (B,)
         places = self.drawn[rows]  # (B, 1 + k)
         candidate_mask = np.arange(places.shape[1]) <= self.num_others[rows, None]  # (B, 1 + k)
         return {
@@ -436,20 +438,22 @@ class SharedDataset(Dataset):
 
     def draw(self, epoch):
         """Of every row its relevant candidate and k others, int32 (N, 1 + k), as places in rows.keys; a row that has fewer is
-        padded with the relevant one. All rows at once, since a generator for each costs more than the rest of a small batch.
+        padded with the relevant one, and k is at most what the longest list has. All rows at once, since a generator for each
+        costs more than the rest of a small batch.
 
-        By Floyd's algorithm, which takes k chances, however long the list (Bentley and Floyd, "Programming pearls: a sample of
-        brilliance", Communications of the ACM 30(9), 1987).
+        By Floyd's algorithm, which takes k chances and k x k comparisons, however long the list (Bentley and Floyd, "Programming
+        pearls: a sample of brilliance", Communications of the ACM 30(9), 1987).
         """
         listed, labels = self.rows.candidates, self.rows.labels
         generator = np.random.default_rng((self.seed, epoch, 1))  # 1: not the chances that TrainSampler orders the rows by
-        chances = generator.random((len(self), self.num_negatives))  # those of a row do not depend on the rows after it
-        columns = np.full(chances.shape, -1)  # (N, k) among the others of a row; the last one is drawn first
-        for i in range(self.num_negatives):
-            highest = self.num_others - self.num_negatives + i  # (N,), below 0 where there are too few
-            column = (chances[:, i] * (highest + 1)).astype(np.int64)  # from 0 to the highest
+        k = min(self.num_negatives, self.num_others.max())
+        chances = generator.random((len(self), k))  # those of a row do not depend on the rows after it
+        columns = np.full(chances.shape, -1, dtype=np.int32)  # (N, k) among the others of a row
+        for i in range(k):
+            highest = self.num_others - k + i  # (N,), below 0 where there are too few: then nothing is drawn
+            column = (chances[:, i] * (highest + 1)).astype(np.int32)  # from 0 to the highest
             column = np.where((columns == column[:, None]).any(1), highest, column)
-            columns[:, -1 - i] = np.where(highest < 0, -1, column)
+            columns[:, -1 - i] = np.where(highest < 0, -1, column)  # filled from the end, so that padding comes last
         columns += (labels >= 0)[:, None] & (columns >= labels[:, None])  # the relevant one is stepped over
         starts = listed.bounds[listed.which]  # (N,)
         drawn = np.where(columns < 0, self.rows.relevant[:, None], listed.places[starts[:, None] + columns])

@@ -27,9 +27,10 @@ def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
     max_grad_norm: for DeepSpeed, which clips by itself. Raises UserError where accelerate would quietly run something else.
     """
     transformers_logging.disable_progress_bar()  # a bar for each of a hundred saved models
-    # Twice an update accelerate looks on all of sys.path for an optimizer that is not used here: a quarter of a millisecond. None
-    # says that it is not there.
-    sys.modules["lomo_optim"] = None  # pyrefly: ignore[unsupported-operation]
+    # Twice a micro-batch accelerate looks on all of sys.path for an optimizer that is not used here, a quarter of a millisecond:
+    # None says that it is not there. Delete this to train with it.
+    if "lomo_optim" not in sys.modules:
+        sys.modules["lomo_optim"] = None  # pyrefly: ignore[unsupported-operation]
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     # On CPU processes only find each other if told so: DDP through cpu=True, DeepSpeed, which cpu=True would drop, through gloo.
@@ -127,7 +128,7 @@ def watch_for_stop(accelerator: Accelerator):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, remember)
     _stop.watched = True
-    # Of `python train.py` the parent is a shell, which may end before it.
+    # Of `python train.py` the parent is a shell, which may end before it; `accelerate launch` and torchrun set these.
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     _stop.launcher = os.getppid() if launched else None
     if accelerator.num_processes > 1:

@@ -16,7 +16,7 @@ from PIL import Image
 from model import DualEncoder, DualEncoderConfig
 
 REPOSITORY = Path(__file__).parent.parent
-# Two launches may share the cores: waiting threads that hold on to them slow both tenfold. Alone, it is twice as slow.
+# For launches that share the cores, where threads that wait without letting go slow all tenfold. One that is alone is slower so.
 SIDE_BY_SIDE = {"OMP_WAIT_POLICY": "PASSIVE"}
 COLUMNS = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info"]
 

@@ -8,9 +8,10 @@ import pytest
 from conftest import REPOSITORY, SIDE_BY_SIDE, launch_environment
 
 ROWS = {
-    "training": ["train.py", "Trainer", "Trainer, same DataLoader", "bare loop, same DataLoader", "bare loop, batches in memory"],
-    "rerank_evaluation": ["evaluate.py", "Trainer reference", "Trainer reference, no cache", "floor", "lower floor", "85"]
-    + ["evaluate.py"],
+    "training": ["train.py", "Trainer", "Trainer, images in memory", "Trainer, same DataLoader"]
+    + ["bare loop, same DataLoader", "bare loop, batches in memory"],
+    "rerank_evaluation": ["evaluate.py", "Trainer reference", "Trainer reference, embeddings not kept"]
+    + ["Trainer reference, nothing kept", "floor", "lower floor", "85"],
     "ranking_metrics": ["metrics.py", "one NumPy pass", "DataFrame, apply", "pytrec_eval"],
     "reading": ["Python literals", "JSON"],
     "start": ["python train.py, imports only", "accelerate launch train.py", "of it: imports", "of it: first update"],

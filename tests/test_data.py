@@ -137,8 +137,11 @@ def test_transparent_is_white(tmp_path, mode):
 
 
 def test_grey_of_16_bits_with_a_transparent_one(tmp_path):
-    Image.new("I;16", (32, 32), 100 * 257).save(tmp_path / "x.png", transparency=7)
-    assert (decode_image(tmp_path / "x.png", 32) == 100).all()
+    pixels = np.full((32, 32), 100 * 257, dtype=np.uint16)
+    pixels[:, 16:] = 7
+    Image.fromarray(pixels).save(tmp_path / "x.png", transparency=7)
+    decoded = decode_image(tmp_path / "x.png", 32)
+    assert (decoded[:, :, :16] == 100).all() and (decoded[:, :, 16:] == 255).all()
 
 
 def test_folders_may_be_links_and_keys_may_be_paths(data_dir, tmp_path):
