@@ -116,7 +116,7 @@ class Stopped(Exception):
     """The run was asked to end; every process has finished its update and raises this at the same one."""
 
 
-_stop = SimpleNamespace(watched=False, signal=None, group=None, launcher=None)
+_stop = SimpleNamespace(signal=None, group=None, launcher=None)
 
 
 def watch_for_stop(accelerator: Accelerator):
@@ -127,7 +127,6 @@ def watch_for_stop(accelerator: Accelerator):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, remember)
-    _stop.watched = True
     # Of `python train.py` the parent is a shell, which may end before it; `accelerate launch` and torchrun set these.
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     _stop.launcher = os.getppid() if launched else None
@@ -137,8 +136,6 @@ def watch_for_stop(accelerator: Accelerator):
 
 def stop_if_asked():
     """Raise Stopped on every process if one was asked to end, or has lost its launcher. Nothing without `watch_for_stop`."""
-    if not _stop.watched:
-        return
     asked = torch.tensor(int(_stop.signal is not None or _stop.launcher not in (None, os.getppid())))
     if _stop.group is not None:
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=_stop.group)

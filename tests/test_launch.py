@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 import yaml
-from conftest import REPOSITORY, launch, launch_environment, read_log, refused, write_data
+from conftest import REPOSITORY, SIDE_BY_SIDE, launch, launch_environment, read_log, refused, write_data
 
 from data import UserError
 from launch import check_shared
@@ -100,7 +100,7 @@ def test_the_slurm_script(data, tmp_path, tiny_model):
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    environment = launch_environment()
+    environment = launch_environment() | SIDE_BY_SIDE
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
     environment |= {"SLURM_JOB_NODELIST": "two", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "4321"}
     options = ["--data_dir", data, "--output_dir", tmp_path / "output", "--max_steps", 2, "--per_device_batch_size", 8]

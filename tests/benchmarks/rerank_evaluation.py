@@ -30,7 +30,7 @@ import data
 import evaluate
 import sample_data
 import train
-from data import Key
+from data import Key, read_datasets
 from launch import finish, make_accelerator
 from metrics import compute_metrics
 from model import load_model
@@ -64,10 +64,10 @@ def measure_here():
     model = load_model(folder / "tiny" if arguments.small else None)
 
     config = Namespace(**vars(train.read_config([])) | {"output_dir": folder, "data_dir": data_dir})
-    dataset = data.read_datasets(config, model, ["test_vocabulary"])[0]
+    dataset = read_datasets(config, model, ["test_vocabulary"])[0]
     model = accelerator.prepare_model(model, evaluation_mode=True)
     with mock.patch.object(data, "CACHE_LIMIT", 0):
-        decoding = data.read_datasets(config, model, ["test_vocabulary"])[0]
+        decoding = read_datasets(config, model, ["test_vocabulary"])[0]
     trainers = {
         name: make_trainer(train.read_config(["--output_dir", str(folder)]), model, *[queries] * 3, 1, cache=cache)
         for name, queries, cache in (
@@ -169,7 +169,7 @@ def growth(accelerator, model, config, folder, factors):
     for factor in factors:
         write_csv(folder / "more" / "csv" / "test_vocabulary.csv", [list(row.values()) for row in rows] * factor, list(rows[0]))
         more = Namespace(**vars(config) | {"data_dir": folder / "more"})
-        datasets[factor] = data.read_datasets(more, model, ["test_vocabulary"])[0]
+        datasets[factor] = read_datasets(more, model, ["test_vocabulary"])[0]
     memory = {
         factor: measure.peak_memory(lambda dataset=dataset: ours(accelerator, model, dataset, config))
         for factor, dataset in datasets.items()

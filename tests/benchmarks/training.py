@@ -17,6 +17,7 @@ import tempfile
 import time
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +31,7 @@ from transformers import TrainerCallback, default_data_collator
 import data
 import sample_data
 import train
-from data import TrainSampler, whole
+from data import TrainSampler, read_datasets, whole
 from metrics import compute_metrics
 from model import SMALL_BACKBONE, DualEncoder, DualEncoderConfig, load_model
 from tracking import JsonlTracker
@@ -50,14 +51,14 @@ def main():
         kinds = [("tiny", load_model(make_tiny_model(folder / "tiny")), 8, 1)] if arguments.small else models()
         for title, model, updates, rounds in kinds:
             config = train.read_config([f"--max_steps={updates}", "--eval_every=0", "--save_every=0"])
-            work = Work(
-                config, model, read(data_dir, model, ["train"])[0], *read(little, model, ["eval", "test_vocabulary"]), folder
-            )
-            decoding = read(data_dir, model, ["train"], cache_limit=0)[0]
+            train_dataset = read(data_dir, model, ["train"])[0]
+            work = Work(config, model, train_dataset, *read(little, model, ["eval", "test_vocabulary"]), folder)
+            with mock.patch.object(data, "CACHE_LIMIT", 0):
+                decoding = read(data_dir, model, ["train"])[0]
             alternatives = {
                 "train.py": work.ours,
-                "Trainer": lambda work=work, decoding=decoding: work.trainer_of_rows(decoding),
-                "Trainer, images in memory": lambda work=work: work.trainer_of_rows(work.datasets[0]),
+                "Trainer": partial(work.trainer_of_rows, decoding),
+                "Trainer, images in memory": partial(work.trainer_of_rows, train_dataset),
                 "Trainer, same DataLoader": work.trainer,
                 "bare loop, same DataLoader": work.bare,
                 "bare loop, batches in memory": work.bare_in_memory,
@@ -100,10 +101,9 @@ def models():
     return [("default", DualEncoder(DualEncoderConfig()), 30, 10), ("ten times smaller", DualEncoder(tenth), 150, 15)]
 
 
-def read(data_dir, model, splits, cache_limit=data.CACHE_LIMIT):
+def read(data_dir, model, splits):
     config = Namespace(data_dir=data_dir, max_candidates=400, num_negatives=7, seed=0)
-    with mock.patch.object(data, "CACHE_LIMIT", cache_limit):
-        return data.read_datasets(config, model, splits)
+    return read_datasets(config, model, splits)
 
 
 class Work:
