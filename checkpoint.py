@@ -45,7 +45,9 @@ def save_checkpoint(accelerator: Accelerator, model, state, folder: Path, total_
         accelerator.wait_for_everyone()
         write_model(accelerator, model, unfinished, state.training_config)
         # The weights stand beside it already, where accelerate would write them itself.
-        hook = accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
+        hook = accelerator.register_save_state_pre_hook(
+            lambda models, weights, path: weights.clear()
+        )
         accelerator.save_state(str(unfinished / "training_state"))
         hook.remove()
         if accelerator.is_main_process:
@@ -57,17 +59,26 @@ def save_checkpoint(accelerator: Accelerator, model, state, folder: Path, total_
         if accelerator.is_main_process:
             manifest = {"depends_on": state.depends_on, "versions": state.versions, "files": files}
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            for path in (unfinished / MANIFEST, *(path for path in unfinished.glob("**") if path.is_dir())):
+            for path in (
+                unfinished / MANIFEST,
+                *(path for path in unfinished.glob("**") if path.is_dir()),
+            ):
                 flush(path)
-            if checkpoint.exists():  # damaged, and so passed over; or saved before its evaluation was done
+            if (
+                checkpoint.exists()
+            ):  # damaged, and so passed over; or saved before its evaluation was done
                 remove(checkpoint)
             os.rename(unfinished, checkpoint)
             flush(folder)
-            for old in sorted(folder.glob("step_*"), reverse=True)[total_limit:] if total_limit else []:
+            for old in (
+                sorted(folder.glob("step_*"), reverse=True)[total_limit:] if total_limit else []
+            ):
                 remove(old)
         accelerator.wait_for_everyone()
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "file" not in str(error):  # torch raises one for a disk that is full
+        if isinstance(error, RuntimeError) and "file" not in str(
+            error
+        ):  # torch raises one for a disk that is full
             raise
         whole = sorted(path.name for path in folder.glob("step_*"))
         raise UserError(
@@ -85,7 +96,11 @@ def describe_files(accelerator, folder):
 
 
 def checkpoint_files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.glob("**/*") if path.is_file() and path.name != MANIFEST)
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.glob("**/*")
+        if path.is_file() and path.name != MANIFEST
+    )
 
 
 def describe_file(path):
@@ -133,7 +148,10 @@ def check_checkpoint(accelerator: Accelerator, checkpoint: Path) -> str | None:
 
 def read_checkpoint(checkpoint):
     """(manifest.json, run.json) of a checkpoint that was checked."""
-    return [json.loads((checkpoint / name).read_text(encoding="utf-8")) for name in (MANIFEST, "run.json")]
+    return [
+        json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        for name in (MANIFEST, "run.json")
+    ]
 
 
 def load_training_state(accelerator: Accelerator, checkpoint: Path):
@@ -146,10 +164,14 @@ def load_training_state(accelerator: Accelerator, checkpoint: Path):
     try:
         accelerator.load_state(str(checkpoint / "training_state"))
     except UnpicklingError:
-        raise UserError(f"{checkpoint}/training_state holds something else than numbers, and is not loaded") from None
+        raise UserError(
+            f"{checkpoint}/training_state holds something else than numbers, and is not loaded"
+        ) from None
     finally:
         hook.remove()
-    accelerator.step = 0  # of micro-batches, only ever used modulo the accumulation, which may be another one now
+    accelerator.step = (
+        0  # of micro-batches, only ever used modulo the accumulation, which may be another one now
+    )
 
 
 def save_model(accelerator: Accelerator, model, folder: Path, training_config: dict):
@@ -166,7 +188,9 @@ def save_model(accelerator: Accelerator, model, folder: Path, training_config: d
         for file in unfinished.iterdir():
             flush(file)
         if folder.exists():
-            for file in sorted(unfinished.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+            for file in sorted(
+                unfinished.iterdir(), key=lambda file: file.suffix == ".safetensors"
+            ):
                 os.replace(file, folder / file.name)
             unfinished.rmdir()
         else:
@@ -179,5 +203,9 @@ def write_model(accelerator, model, folder, training_config):
     # Every process takes part: under ZeRO-3 and FSDP each holds a part of the weights.
     state_dict = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(folder, state_dict=state_dict)
-        (folder / TRAINING_CONFIG).write_text(json.dumps(training_config, indent=2), encoding="utf-8")
+        accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(
+            folder, state_dict=state_dict
+        )
+        (folder / TRAINING_CONFIG).write_text(
+            json.dumps(training_config, indent=2), encoding="utf-8"
+        )

@@ -31,12 +31,25 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-COPIED = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKey")  # columns that metric.csv repeats
+COPIED = (
+    "search_word",
+    "template_idx",
+    "page_num",
+    "x_image_path",
+    "resourceKey",
+)  # columns that metric.csv repeats
 PARSED = ("candidate_resourceKey", "x_info", "y_info")  # columns of literals
 CELL_LIMIT = 1_000_000  # characters
 PIXEL_LIMIT = 50_000_000  # of one image: a small file can unpack to more than the memory holds
 CACHE_LIMIT = 2_000_000_000  # bytes of decoded pages, and as many of elements, that a process keeps
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # by content, whatever the name says; some others run programs
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+)  # by content, whatever the name says; some others run programs
 
 
 class UserError(ValueError):
@@ -82,7 +95,9 @@ class Rows:
     DataLoader workers copy, by touching them, the Python objects that they share, and arrays they do not."""
 
     path: Path
-    numbers: np.ndarray  # int (N,) of the row in the file, as a spreadsheet shows it: the header is row 1
+    numbers: (
+        np.ndarray
+    )  # int (N,) of the row in the file, as a spreadsheet shows it: the header is row 1
     columns: dict  # {name: list of N str}, those that metric.csv repeats
     keys: dict  # {key, relevant or candidate: the first of the N rows that asks for it}, K of them, in this order
     relevant: np.ndarray  # int32 (N,), as places in `keys`
@@ -137,9 +152,17 @@ def read_rows(data_dir: str | Path, split: str, max_candidates: int) -> Rows:
             try:
                 parsed[name] = parse_cell(name, row[name])
             except (ValueError, RecursionError, MemoryError) as error:
-                raise UserError(f"{path}, row {number}, column {name}: {error} in {shorten(row[name])}") from None
+                raise UserError(
+                    f"{path}, row {number}, column {name}: {error} in {shorten(row[name])}"
+                ) from None
         found, listed = parsed["candidate_resourceKey"]
-        kind = "no_candidates" if found == 0 else "too_many_candidates" if found >= max_candidates else "used"
+        kind = (
+            "no_candidates"
+            if found == 0
+            else "too_many_candidates"
+            if found >= max_candidates
+            else "used"
+        )
         counts[kind] += 1
         if kind != "used":
             continue
@@ -160,9 +183,22 @@ def read_rows(data_dir: str | Path, split: str, max_candidates: int) -> Rows:
             lengths.append(len(listed))
             places.extend(listed)
     if not numbers:
-        raise UserError(f"{path}: no row is left to use: {counts}, where too many is {max_candidates} or more")
-    numbers, relevant, labels, which, lengths, places = map(np.asarray, (numbers, relevant, labels, which, lengths, places))
-    return Rows(path, numbers, columns, keys, relevant, labels, Candidates(list(keys), which, lengths, places), counts)
+        raise UserError(
+            f"{path}: no row is left to use: {counts}, where too many is {max_candidates} or more"
+        )
+    numbers, relevant, labels, which, lengths, places = map(
+        np.asarray, (numbers, relevant, labels, which, lengths, places)
+    )
+    return Rows(
+        path,
+        numbers,
+        columns,
+        keys,
+        relevant,
+        labels,
+        Candidates(list(keys), which, lengths, places),
+        counts,
+    )
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -170,7 +206,9 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[s
     csv.field_size_limit(CELL_LIMIT)
     number = 1
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: with or without a byte-order mark
+        with open(
+            path, newline="", encoding="utf-8-sig"
+        ) as file:  # -sig: with or without a byte-order mark
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
             missing = [name for name in columns if name not in header]
@@ -180,17 +218,23 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[s
                 if len(cells) != len(header):
                     if not cells:  # an empty line
                         continue
-                    raise UserError(f"{path}, row {number}: {len(cells)} cells under {len(header)} columns")
+                    raise UserError(
+                        f"{path}, row {number}: {len(cells)} cells under {len(header)} columns"
+                    )
                 yield number, dict(zip(header, cells, strict=True))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, after row {number}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+        raise UserError(
+            f"{path}, after row {number}: not UTF-8 ({error.reason}); save it as UTF-8"
+        ) from None
     except csv.Error as error:
         raise UserError(f"{path}, after row {number}: not a CSV ({error})") from None
 
 
-@functools.lru_cache(4096)  # lists come back with their search word, and parsing them is the slow part
+@functools.lru_cache(
+    4096
+)  # lists come back with their search word, and parsing them is the slow part
 def parse_cell(name: str, text: str) -> Any:
     """The value of a cell of one of the columns PARSED. Raises ValueError."""
     value = parse_literal(text)
@@ -259,7 +303,10 @@ class PagesAndElements:
     def take_rows(self, queries, candidates):
         """What `forward` takes of queries (B,) with candidates (B, C): pages uint8 (B, 3, H, W), candidates (B, C, 3, h, w)."""
         elements = self.elements.take(candidates.ravel())  # (B x C, 3, h, w)
-        return {"pages": self.pages.take(queries), "candidates": elements.unflatten(0, candidates.shape)}
+        return {
+            "pages": self.pages.take(queries),
+            "candidates": elements.unflatten(0, candidates.shape),
+        }
 
     def as_inputs(self, queries, candidates):
         """The distinct inputs of the rerank evaluation are elements and pages: their numbers for queries (N,) and candidates
@@ -270,18 +317,26 @@ class PagesAndElements:
         """Which of these sorted inputs may share a batch, since pages and elements differ in size: ranges of positions, each with
         how many of them there are in a batch of one page."""
         first_page = np.searchsorted(inputs, len(self.elements.index))
-        elements = max(1, self.pages.size**2 // self.elements.size**2)  # as many pixels, so as much memory; one by one is slow
+        elements = max(
+            1, self.pages.size**2 // self.elements.size**2
+        )  # as many pixels, so as much memory; one by one is slow
         return [(range(first_page), elements), (range(first_page, len(inputs)), 1)]
 
     def take(self, inputs):
         """What `forward` takes of inputs (B,) of one group: images uint8 (B, 3, H, W)."""
         first_page = len(self.elements.index)
         of_pages = inputs[0] >= first_page
-        return {"images": self.pages.take(inputs - first_page) if of_pages else self.elements.take(inputs)}
+        return {
+            "images": self.pages.take(inputs - first_page)
+            if of_pages
+            else self.elements.take(inputs)
+        }
 
     def show_query(self, rows, row):
         """What people see of the query of a row: (search word, Path of the page)."""
-        return rows.columns["search_word"][row], Path(self.pages.paths[self.pages.index[rows.columns["x_image_path"][row]]])
+        return rows.columns["search_word"][row], Path(
+            self.pages.paths[self.pages.index[rows.columns["x_image_path"][row]]]
+        )
 
     def show_candidate(self, key):
         """What people see of a candidate: the Path of the element."""
@@ -303,14 +358,20 @@ class Images:
         self.index = {key: index for index, key in enumerate(asked)}
         self.paths, self.pixels = [], None
         if len(asked) * 3 * size * size <= CACHE_LIMIT:
-            self.pixels = np.empty((len(asked), 3, size, size), dtype=np.uint8)  # (E, 3, size, size)
+            self.pixels = np.empty(
+                (len(asked), 3, size, size), dtype=np.uint8
+            )  # (E, 3, size, size)
         # Most of the time before the first update, so on all cores, shared with the other processes of this machine.
         workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(workers, 8, len(asked) // 1000)  # a few images are read before workers have started
+        workers = min(
+            workers, 8, len(asked) // 1000
+        )  # a few images are read before workers have started
         batches = DataLoader(
             list(asked),  # pyrefly: ignore[bad-argument-type]
             batch_size=64,
-            collate_fn=functools.partial(look_at, os.path.realpath(folder), None if self.pixels is None else size),
+            collate_fn=functools.partial(
+                look_at, os.path.realpath(folder), None if self.pixels is None else size
+            ),
             num_workers=workers if workers > 1 else 0,
             generator=torch.Generator(),  # else iterating draws from the global random state
         )
@@ -345,7 +406,9 @@ def look_at(root, size, keys):
             else:
                 pixels.append(decode_image(path, size).numpy())
             paths.append(path)
-    except UserError as error:  # not raised, since DataLoader would put the traceback of its worker before it
+    except (
+        UserError
+    ) as error:  # not raised, since DataLoader would put the traceback of its worker before it
         return paths, None, str(error)
     # An array, since tensors would come through shared memory, of which containers have little.
     return paths, np.array(pixels), None
@@ -367,16 +430,26 @@ def decode_image(path, size: int) -> torch.Tensor:
     """An image of any mode and size to uint8 (3, size, size), centred on white, its proportions kept. Raises UserError."""
     with open_image(path) as image:
         image.load()
-        if image.mode.startswith("I;16"):  # grey of 16 bits, which convert() would clip to white; one of them may be transparent
+        if image.mode.startswith(
+            "I;16"
+        ):  # grey of 16 bits, which convert() would clip to white; one of them may be transparent
             grey = np.asarray(image)
-            image = Image.fromarray(np.where(grey == image.info.get("transparency"), 255, grey // 257).astype(np.uint8))
+            image = Image.fromarray(
+                np.where(grey == image.info.get("transparency"), 255, grey // 257).astype(np.uint8)
+            )
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(
+                Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+            )
         image = image.convert("RGB")
         if image.size != (size, size):
             longer = max(image.size)
-            fitted = [max(1, round(side * size / longer)) for side in image.size]  # pad alone leaves nothing of a thin line
-            image = ImageOps.pad(image.resize(fitted, Image.Resampling.BICUBIC), (size, size), color="white")
+            fitted = [
+                max(1, round(side * size / longer)) for side in image.size
+            ]  # pad alone leaves nothing of a thin line
+            image = ImageOps.pad(
+                image.resize(fitted, Image.Resampling.BICUBIC), (size, size), color="white"
+            )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -391,9 +464,13 @@ def open_image(path):
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:
-                raise UserError(f"{path}: {image.width} x {image.height} pixels; the limit is {PIXEL_LIMIT:,}")
+                raise UserError(
+                    f"{path}: {image.width} x {image.height} pixels; the limit is {PIXEL_LIMIT:,}"
+                )
             if image.mode in ("I", "F"):  # of no fixed range, so nothing says what is white
-                raise UserError(f"{path}: pixels of 32 bits, or signed ones; save it with 8 bits a channel, or 16 unsigned")
+                raise UserError(
+                    f"{path}: pixels of 32 bits, or signed ones; save it with 8 bits a channel, or 16 unsigned"
+                )
             yield image
     except UserError:
         raise
@@ -410,10 +487,17 @@ class SharedDataset(Dataset):
     def __init__(self, rows, inputs, num_negatives, seed):
         self.rows, self.inputs, self.num_negatives, self.seed = rows, inputs, num_negatives, seed
         self.queries, self.candidates = inputs.number(rows)  # (N,), (K,)
-        self.num_others = np.diff(rows.candidates.bounds)[rows.candidates.which] - (rows.labels >= 0)  # (N,)
-        self.labels = torch.zeros(len(self), dtype=torch.int64)  # (N,): the relevant candidate is put first
+        self.num_others = np.diff(rows.candidates.bounds)[rows.candidates.which] - (
+            rows.labels >= 0
+        )  # (N,)
+        self.labels = torch.zeros(
+            len(self), dtype=torch.int64
+        )  # (N,): the relevant candidate is put first
         self.groups = [(range(len(self)), 1)]
-        self.epoch, self.drawn = None, np.empty(0)  # of the latest batch: its epoch, what `draw` gave
+        self.epoch, self.drawn = (
+            None,
+            np.empty(0),
+        )  # of the latest batch: its epoch, what `draw` gave
 
     def __len__(self):
         return len(self.queries)
@@ -445,18 +529,30 @@ class SharedDataset(Dataset):
         pearls: a sample of brilliance", Communications of the ACM 30(9), 1987).
         """
         listed, labels = self.rows.candidates, self.rows.labels
-        generator = np.random.default_rng((self.seed, epoch, 1))  # 1: not the chances that TrainSampler orders the rows by
+        generator = np.random.default_rng(
+            (self.seed, epoch, 1)
+        )  # 1: not the chances that TrainSampler orders the rows by
         k = min(self.num_negatives, self.num_others.max())
-        chances = generator.random((len(self), k))  # those of a row do not depend on the rows after it
+        chances = generator.random(
+            (len(self), k)
+        )  # those of a row do not depend on the rows after it
         columns = np.full(chances.shape, -1, dtype=np.int32)  # (N, k) among the others of a row
         for i in range(k):
-            highest = self.num_others - k + i  # (N,), below 0 where there are too few: then nothing is drawn
+            highest = (
+                self.num_others - k + i
+            )  # (N,), below 0 where there are too few: then nothing is drawn
             column = (chances[:, i] * (highest + 1)).astype(np.int32)  # from 0 to the highest
             column = np.where((columns == column[:, None]).any(1), highest, column)
-            columns[:, -1 - i] = np.where(highest < 0, -1, column)  # filled from the end, so that padding comes last
-        columns += (labels >= 0)[:, None] & (columns >= labels[:, None])  # the relevant one is stepped over
+            columns[:, -1 - i] = np.where(
+                highest < 0, -1, column
+            )  # filled from the end, so that padding comes last
+        columns += (labels >= 0)[:, None] & (
+            columns >= labels[:, None]
+        )  # the relevant one is stepped over
         starts = listed.bounds[listed.which]  # (N,)
-        drawn = np.where(columns < 0, self.rows.relevant[:, None], listed.places[starts[:, None] + columns])
+        drawn = np.where(
+            columns < 0, self.rows.relevant[:, None], listed.places[starts[:, None] + columns]
+        )
         return np.column_stack([self.rows.relevant, drawn])
 
 
@@ -476,7 +572,9 @@ class RerankDataset(Dataset):
         self.numbers = np.unique(np.concatenate([queries, candidates[places >= 0]]))  # (M,)
         self.groups = inputs.groups(self.numbers)
         self.queries = torch.from_numpy(np.searchsorted(self.numbers, queries))
-        self.candidates = torch.from_numpy(np.where(places >= 0, np.searchsorted(self.numbers, candidates), -1))
+        self.candidates = torch.from_numpy(
+            np.where(places >= 0, np.searchsorted(self.numbers, candidates), -1)
+        )
         self.labels = torch.from_numpy(rows.labels.astype(np.int64))
 
     def __len__(self):
@@ -495,7 +593,9 @@ class RerankDataset(Dataset):
         """(key, picture), as in `show_query`; the column -1, as in `labels`, is the relevant candidate that is missing."""
         listed = self.rows.candidates
         place = self.rows.relevant[row] if column < 0 else listed.places_of(row)[column]
-        key = listed.keys[place]  # not listed[row][column], which makes the keys of the whole row for one of them
+        key = listed.keys[
+            place
+        ]  # not listed[row][column], which makes the keys of the whole row for one of them
         return key, self.inputs.show_candidate(key)
 
 
@@ -512,14 +612,21 @@ class TrainSampler(Sampler):
     """
 
     def __init__(self, num_rows, global_batch_size, num_updates, seed, first_update=0):
-        self.num_rows, self.global_batch_size, self.num_updates, self.seed = num_rows, global_batch_size, num_updates, seed
+        self.num_rows, self.global_batch_size, self.num_updates, self.seed = (
+            num_rows,
+            global_batch_size,
+            num_updates,
+            seed,
+        )
         self.first_update = first_update
 
     def __len__(self):
         return (self.num_updates - self.first_update) * self.global_batch_size
 
     def __iter__(self):
-        first_epoch, skipped = divmod(self.first_update, updates_per_epoch(self.num_rows, self.global_batch_size))
+        first_epoch, skipped = divmod(
+            self.first_update, updates_per_epoch(self.num_rows, self.global_batch_size)
+        )
         start = skipped * self.global_batch_size
         return itertools.islice(self.endless(first_epoch), start, start + len(self))
 
@@ -529,14 +636,18 @@ class TrainSampler(Sampler):
             for start in range(0, self.num_rows, self.global_batch_size):
                 rows = order[start : start + self.global_batch_size]
                 yield from (Key(row, epoch, self.global_batch_size / len(rows)) for row in rows)
-                yield from (Key(rows[0], epoch, 0.0) for _ in range(self.global_batch_size - len(rows)))
+                yield from (
+                    Key(rows[0], epoch, 0.0) for _ in range(self.global_batch_size - len(rows))
+                )
 
 
 def updates_per_epoch(num_rows: int, global_batch_size: int) -> int:
     return math.ceil(num_rows / global_batch_size)
 
 
-def batches_in_groups(groups: list[tuple[range, int]], batch_size: int, num_processes: int) -> list[list[Key]]:
+def batches_in_groups(
+    groups: list[tuple[range, int]], batch_size: int, num_processes: int
+) -> list[list[Key]]:
     """The batches of an evaluation, as many for each process. groups: positions, and how many batch sizes of them make a batch.
 
     They are cut before they are dealt out, and filled to whole batch sizes, since the last bits of an output may depend on the
@@ -547,5 +658,8 @@ def batches_in_groups(groups: list[tuple[range, int]], batch_size: int, num_proc
     for positions, multiple in groups:
         keys = [Key(index) for index in positions]
         keys += [Key(positions[0], weight=0.0)] * (-len(keys) % batch_size)
-        batches += [keys[start : start + multiple * batch_size] for start in range(0, len(keys), multiple * batch_size)]
+        batches += [
+            keys[start : start + multiple * batch_size]
+            for start in range(0, len(keys), multiple * batch_size)
+        ]
     return batches + [[Key(0, weight=0.0)]] * (-len(batches) % num_processes)

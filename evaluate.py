@@ -43,12 +43,21 @@ import gallery
 import metrics
 from checkpoint import TRAINING_CONFIG, save_checkpoint, save_model
 from data import UserError, batches_in_groups, read_datasets, whole
-from launch import errors_in_one_line, finish, leave_signals_to_the_main_process, make_accelerator, make_writable, stop_if_asked
+from launch import (
+    errors_in_one_line,
+    finish,
+    leave_signals_to_the_main_process,
+    make_accelerator,
+    make_writable,
+    stop_if_asked,
+)
 from model import load_model, rerank_scores
 from tracking import log_picture, open_whole
 
 
-def maybe_log_save_evaluate(accelerator, model, state, config, eval_dataset, rerank_dataset, compute_metrics):
+def maybe_log_save_evaluate(
+    accelerator, model, state, config, eval_dataset, rerank_dataset, compute_metrics
+):
     """Log, evaluate in both ways, and save, whatever is due at this step: the one place that decides it.
 
     Stands for Trainer._maybe_log_save_evaluate. Called after each update, and once before the first (step 0), so that the
@@ -57,14 +66,17 @@ def maybe_log_save_evaluate(accelerator, model, state, config, eval_dataset, rer
     Returns what was logged.
     """
     log_due, evaluate_due, save_due = (
-        state.step > 0 and (state.step == state.num_updates or (every > 0 and state.step % every == 0))
+        state.step > 0
+        and (state.step == state.num_updates or (every > 0 and state.step % every == 0))
         for every in (config.log_every, config.eval_every, config.save_every)
     )
     evaluate_due = evaluate_due or state.step == 0
     output_dir = Path(config.output_dir)
     values = {}
     if log_due or evaluate_due or save_due:
-        collect_losses(accelerator, state)  # before anything else: weights that are not finite are neither evaluated nor saved
+        collect_losses(
+            accelerator, state
+        )  # before anything else: weights that are not finite are neither evaluated nor saved
     if evaluate_due:
         evaluated = evaluate(accelerator, model, eval_dataset, compute_metrics, config)
         evaluated |= _rerank_evaluate(accelerator, model, rerank_dataset, compute_metrics, config)
@@ -73,14 +85,20 @@ def maybe_log_save_evaluate(accelerator, model, state, config, eval_dataset, rer
     if state.losses and (log_due or evaluate_due):
         values |= training_metrics(state, config)
     if values:
-        accelerator.log(values, step=state.step)  # all of a step at once: one line, one point on the axis
+        accelerator.log(
+            values, step=state.step
+        )  # all of a step at once: one line, one point on the axis
     if evaluate_due:
-        log_picture(accelerator, "rerank/contact_sheet", output_dir / "contact_sheet.png", state.step)
+        log_picture(
+            accelerator, "rerank/contact_sheet", output_dir / "contact_sheet.png", state.step
+        )
     if evaluate_due and is_best(state, values, config.best_metric):
         save_model(accelerator, model, output_dir / "best", state.training_config)
     state.done = True
     if save_due:
-        save_checkpoint(accelerator, model, state, output_dir / "checkpoints", config.save_total_limit)
+        save_checkpoint(
+            accelerator, model, state, output_dir / "checkpoints", config.save_total_limit
+        )
     if evaluate_due or save_due:
         state.window_began = time.perf_counter()  # samples_per_second is of training alone
     return values
@@ -93,9 +111,13 @@ def collect_losses(accelerator, state):
     """
     if not state.window:
         return
-    steps, learning_rates, *columns = zip(*state.window, strict=True)  # each a list, one entry a micro-batch of this process
+    steps, learning_rates, *columns = zip(
+        *state.window, strict=True
+    )  # each a list, one entry a micro-batch of this process
     shape = (accelerator.num_processes, *torch.stack(columns[0]).shape)  # (W, micro-batches, B)
-    index, weight, losses = (accelerator.gather(torch.stack(column)).cpu().view(shape) for column in columns)
+    index, weight, losses = (
+        accelerator.gather(torch.stack(column)).cpu().view(shape) for column in columns
+    )
     state.grad_norm = float(state.grad_norm)
     state.seconds += time.perf_counter() - state.window_began
     state.window_began = time.perf_counter()
@@ -103,14 +125,20 @@ def collect_losses(accelerator, state):
 
     broken = ~losses.isfinite() & (index >= 0)  # filling repeats a row of the same update
     if broken.any():
-        first = broken.any(2).any(0).nonzero()[0].item()  # the first micro-batch in which one of any process is
+        first = (
+            broken.any(2).any(0).nonzero()[0].item()
+        )  # the first micro-batch in which one of any process is
         rows = sorted({state.name_row(row) for row in index[:, first][broken[:, first]].tolist()})
         raise UserError(
             f"the loss of update {steps[first] + 1} is not finite (learning rate {learning_rates[first]:.3g}), {len(rows)} rows: "
             f"{'; '.join(rows[:5])}: lower --learning_rate, or look at these rows. What was saved before is safe"
         )
-    if not math.isfinite(state.grad_norm) and accelerator.mixed_precision != "fp16":  # fp16 skips such an update by itself
-        raise UserError(f"the gradient of update {state.step} is not finite (learning rate {learning_rates[-1]:.3g}); lower it")
+    if (
+        not math.isfinite(state.grad_norm) and accelerator.mixed_precision != "fp16"
+    ):  # fp16 skips such an update by itself
+        raise UserError(
+            f"the gradient of update {state.step} is not finite (learning rate {learning_rates[-1]:.3g}); lower it"
+        )
     state.losses += (weight * losses).double().flatten().tolist()
     state.rows += (index >= 0).sum().item()
 
@@ -133,11 +161,15 @@ def is_best(state, values, best_metric):
     """Whether this evaluation is the best until now, which `state` then remembers. best_metric: "min:NAME" or "max:NAME"."""
     direction, _, name = best_metric.partition(":")
     if name not in values:
-        raise UserError(f"--best_metric {best_metric}: no such metric; there are {', '.join(values)}")
+        raise UserError(
+            f"--best_metric {best_metric}: no such metric; there are {', '.join(values)}"
+        )
     value = values[name]
     before = state.best_value
     # A comparison with NaN is never true; the first value has nothing to be compared with, hence the test.
-    if math.isfinite(value) and (before is None or (value < before if direction == "min" else value > before)):
+    if math.isfinite(value) and (
+        before is None or (value < before if direction == "min" else value > before)
+    ):
         state.best_value, state.best_step = value, state.step
         return True
     return False
@@ -155,7 +187,9 @@ def get_eval_dataloader(accelerator, dataset, config):
     """Batches dealt to the processes, each item once. Stands for Trainer.get_eval_dataloader, for either kind of data set."""
     dataloader = DataLoader(
         dataset,
-        batch_sampler=batches_in_groups(dataset.groups, config.per_device_eval_batch_size, accelerator.num_processes),
+        batch_sampler=batches_in_groups(
+            dataset.groups, config.per_device_eval_batch_size, accelerator.num_processes
+        ),
         collate_fn=whole,
         num_workers=config.num_workers,
         worker_init_fn=leave_signals_to_the_main_process,
@@ -163,7 +197,9 @@ def get_eval_dataloader(accelerator, dataset, config):
         pin_memory=accelerator.device.type == "cuda",
     )
     # Not accelerator.prepare: it would keep every DataLoader that it is given, one more at each evaluation.
-    return prepare_data_loader(dataloader, device=accelerator.device, put_on_device=True, non_blocking=True)
+    return prepare_data_loader(
+        dataloader, device=accelerator.device, put_on_device=True, non_blocking=True
+    )
 
 
 def evaluation_loop(accelerator, model, dataloader, dataset, compute_metrics):
@@ -173,7 +209,11 @@ def evaluation_loop(accelerator, model, dataloader, dataset, compute_metrics):
     """
     gathered = predict(accelerator, model, dataloader, len(dataset))
     losses, scores = gathered["losses"].double(), gathered["scores"].float()  # (N,), (N, C)
-    require_finite(losses.isfinite() & ~(scores.isnan() | (scores == math.inf)).any(1), dataset, "the loss or a score")
+    require_finite(
+        losses.isfinite() & ~(scores.isnan() | (scores == math.inf)).any(1),
+        dataset,
+        "the loss or a score",
+    )
     output = with_metrics(scores, dataset, compute_metrics)
     output.metrics["loss"] = losses.mean().item()  # pyrefly: ignore[unsupported-operation]
     return output
@@ -217,7 +257,9 @@ def rerank_evaluation_loop(accelerator, model, dataloader, dataset, compute_metr
     """
     outputs = predict(accelerator, model, dataloader, len(dataset))["outputs"]  # (M, D)
     candidates = dataset.candidates.to(outputs.device)  # (N, C)
-    scores = rerank_scores(outputs, dataset.queries.to(outputs.device), candidates).float()  # (N, C)
+    scores = rerank_scores(
+        outputs, dataset.queries.to(outputs.device), candidates
+    ).float()  # (N, C)
     require_finite((scores.isfinite() | (candidates < 0)).all(1), dataset, "a score")
     return with_metrics(scores, dataset, compute_metrics)
 
@@ -229,7 +271,9 @@ def predict(accelerator, model, dataloader, num_items):
     Raises RuntimeError unless each item is there exactly once.
     """
     columns = defaultdict(list)
-    for batch in tqdm(dataloader, desc="evaluating", leave=False, disable=not accelerator.is_main_process or None):
+    for batch in tqdm(
+        dataloader, desc="evaluating", leave=False, disable=not accelerator.is_main_process or None
+    ):
         stop_if_asked()  # in time, should the evaluation take longer than whoever asks waits
         columns["index"].append(batch.pop("index"))  # (B,)
         batch.pop("weight", None)
@@ -238,7 +282,9 @@ def predict(accelerator, model, dataloader, num_items):
     gathered = {}
     for name, values in columns.items():
         # Processes may have more or fewer items than others, and a gather takes from each as many: index -1 is filling.
-        gathered[name] = accelerator.gather(accelerator.pad_across_processes(torch.cat(values), pad_index=-1))  # (W x most, ...)
+        gathered[name] = accelerator.gather(
+            accelerator.pad_across_processes(torch.cat(values), pad_index=-1)
+        )  # (W x most, ...)
     index = gathered.pop("index")
     real = index >= 0
     index = index[real]
@@ -248,20 +294,29 @@ def predict(accelerator, model, dataloader, num_items):
             f"of {num_items} items, {(times == 0).sum()} are missing, {torch.nonzero(times == 0)[:5, 0].tolist()} "
             f"first, and {(times > 1).sum()} came more than once: is the DataLoader prepared?"
         )
-    return {name: torch.empty_like(values[real]).index_copy_(0, index, values[real]) for name, values in gathered.items()}
+    return {
+        name: torch.empty_like(values[real]).index_copy_(0, index, values[real])
+        for name, values in gathered.items()
+    }
 
 
 def with_metrics(scores, dataset, compute_metrics):
     # Every process computes them, on the same gathered rows, so none has to be told what the others found.
     predictions, labels = scores.cpu().numpy(), dataset.labels.numpy()  # float32 (N, C), int64 (N,)
-    values = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels, inputs=np.arange(len(labels))))
-    return EvalLoopOutput(predictions, labels, {name: float(value) for name, value in values.items()}, len(labels))
+    values = compute_metrics(
+        EvalPrediction(predictions=predictions, label_ids=labels, inputs=np.arange(len(labels)))
+    )
+    return EvalLoopOutput(
+        predictions, labels, {name: float(value) for name, value in values.items()}, len(labels)
+    )
 
 
 def require_finite(finite, dataset, what):
     if not finite.all():
         rows = torch.nonzero(~finite)[:, 0].tolist()
-        raise UserError(f"{what} is not finite for {len(rows)} rows: {'; '.join(map(dataset.rows.name, rows[:5]))}")
+        raise UserError(
+            f"{what} is not finite for {len(rows)} rows: {'; '.join(map(dataset.rows.name, rows[:5]))}"
+        )
 
 
 def prefixed(prefix, values):
@@ -290,23 +345,37 @@ def write_metric_csv(path, dataset, scores):
         name: [f(k, ranks) for k in metrics.TOP_K]
         for name, f in (("Recall", metrics.recall_at), ("MRR", metrics.reciprocal_rank_at))
     }
-    header = [*dataset.rows.columns, "candidate_resourceKey", "score", "sorted_score", "sorted_candidate_resourcekey", "rank"]
+    header = [
+        *dataset.rows.columns,
+        "candidate_resourceKey",
+        "score",
+        "sorted_score",
+        "sorted_candidate_resourcekey",
+        "rank",
+    ]
     header += [f"{name}@{k}" for name in columns for k in metrics.TOP_K]
     listed = dataset.rows.candidates
-    quoted = [json.dumps(key, ensure_ascii=False) for key in listed.keys]  # once, and not in each of the lists that have it
+    quoted = [
+        json.dumps(key, ensure_ascii=False) for key in listed.keys
+    ]  # once, and not in each of the lists that have it
     with open_whole(path) as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for row, label in enumerate(dataset.labels.tolist()):
             keys = [quoted[place] for place in listed.places_of(row).tolist()]
             score = scores[row, : len(keys)]
-            text = [str(value) for value in score]  # the shortest decimals that read back as the same float32
+            text = [
+                str(value) for value in score
+            ]  # the shortest decimals that read back as the same float32
             order = metrics.best_first(score, label).tolist()
             lists = (keys, text, [text[i] for i in order], [keys[i] for i in order])
             writer.writerow(
                 [values[row] for values in dataset.rows.columns.values()]
                 + [f"[{', '.join(values)}]" for values in lists]
-                + [f"{ranks[row]:g}", *(f"{values[row]:.17g}" for values in chain(*columns.values()))]
+                + [
+                    f"{ranks[row]:g}",
+                    *(f"{values[row]:.17g}" for values in chain(*columns.values())),
+                ]
             )
 
 
@@ -316,9 +385,12 @@ def write_trec(folder: Path, dataset, scores):
     https://github.com/usnistgov/trec_eval
     """
     ranked, relevant = [], []
-    for row, (keys, label) in enumerate(zip(dataset.rows.candidates, dataset.labels.tolist(), strict=True)):
+    for row, (keys, label) in enumerate(
+        zip(dataset.rows.candidates, dataset.labels.tolist(), strict=True)
+    ):
         names = [
-            re.sub(r"[\s%]", lambda found: quote(found[0]), key) for key in (*keys, dataset.rows.columns["resourceKey"][row])
+            re.sub(r"[\s%]", lambda found: quote(found[0]), key)
+            for key in (*keys, dataset.rows.columns["resourceKey"][row])
         ]
         query, above = dataset.rows.numbers[row], np.float32(np.inf)
         for rank, column in enumerate(metrics.best_first(scores[row, : len(keys)], label), start=1):
@@ -347,9 +419,18 @@ def main():
         help="a folder that train.py saved: output/best, or one of output/checkpoints",
     )
     parser.add_argument(
-        "--data_dir", default=argparse.SUPPRESS, metavar="FOLDER", help="the data folder (default: the one of the training)"
+        "--data_dir",
+        default=argparse.SUPPRESS,
+        metavar="FOLDER",
+        help="the data folder (default: the one of the training)",
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("evaluation"), metavar="FOLDER", help="where metric.csv goes")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("evaluation"),
+        metavar="FOLDER",
+        help="where metric.csv goes",
+    )
     parser.add_argument(
         "--per_device_batch_size",
         type=int,
@@ -357,18 +438,30 @@ def main():
         metavar="INT",
         help="rows or pages in a batch, on a process (default: that of the training's evaluations)",
     )
-    parser.add_argument("--trec_dir", type=Path, help="also write `run` and `qrels` there, for trec_eval and its like")
-    parser.add_argument("--gallery", action="store_true", help="also write gallery.html, all queries as pictures, for a browser")
+    parser.add_argument(
+        "--trec_dir",
+        type=Path,
+        help="also write `run` and `qrels` there, for trec_eval and its like",
+    )
+    parser.add_argument(
+        "--gallery",
+        action="store_true",
+        help="also write gallery.html, all queries as pictures, for a browser",
+    )
     arguments = parser.parse_args()
     if getattr(arguments, "per_device_batch_size", 1) < 1:
-        raise UserError(f"--per_device_batch_size is {arguments.per_device_batch_size}, it must be at least 1")
+        raise UserError(
+            f"--per_device_batch_size is {arguments.per_device_batch_size}, it must be at least 1"
+        )
     if not (arguments.model_dir / TRAINING_CONFIG).is_file():
         raise UserError(
             f"--model_dir {arguments.model_dir}: there is no {TRAINING_CONFIG} in it; name a folder that train.py saved"
         )
     config = json.loads((arguments.model_dir / TRAINING_CONFIG).read_text(encoding="utf-8"))
     config = argparse.Namespace(**config | vars(arguments))
-    config.per_device_eval_batch_size = getattr(arguments, "per_device_batch_size", config.per_device_eval_batch_size)
+    config.per_device_eval_batch_size = getattr(
+        arguments, "per_device_batch_size", config.per_device_eval_batch_size
+    )
 
     accelerator = make_accelerator(mixed_precision=config.mixed_precision)
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
@@ -381,12 +474,16 @@ def main():
     except (OSError, ValueError) as error:
         raise UserError(f"--model_dir {config.model_dir}: {' '.join(str(error).split())}") from None
     eval_dataset, rerank_dataset = read_datasets(config, model, ("eval", "test_vocabulary"))
-    model = accelerator.prepare_model(model, evaluation_mode=True)  # the device and the precision; nothing to synchronise
+    model = accelerator.prepare_model(
+        model, evaluation_mode=True
+    )  # the device and the precision; nothing to synchronise
     values = evaluate(accelerator, model, eval_dataset, metrics.compute_metrics, config)
     values |= _rerank_evaluate(accelerator, model, rerank_dataset, metrics.compute_metrics, config)
     for name, value in values.items():
         accelerator.print(f"{name:<20}{value:10.6f}")
-    accelerator.print(f"{config.output_dir / 'metric.csv'} has a line for each of the {len(rerank_dataset.labels)} queries")
+    accelerator.print(
+        f"{config.output_dir / 'metric.csv'} has a line for each of the {len(rerank_dataset.labels)} queries"
+    )
     if config.gallery:
         accelerator.print(f"{config.output_dir / 'gallery.html'} shows them all in a browser")
     finish(accelerator)

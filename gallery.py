@@ -32,7 +32,9 @@ INK, FAINT, RIGHT, WRONG, PAPER = "#222222", "#777777", "#128a4e", "#c0392b", "#
 # Noto Sans KR, since search words are often Korean and few servers have a Korean font. The package is found, not imported.
 FONT_PACKAGE = importlib.util.find_spec("pylopdf_fonts_ko")
 if FONT_PACKAGE is None or not FONT_PACKAGE.submodule_search_locations:
-    raise ModuleNotFoundError("gallery.py writes with the font of the package pylopdf-fonts-ko: pip install pylopdf-fonts-ko")
+    raise ModuleNotFoundError(
+        "gallery.py writes with the font of the package pylopdf-fonts-ko: pip install pylopdf-fonts-ko"
+    )
 FONT = Path(FONT_PACKAGE.submodule_search_locations[0]) / "NotoSansKR-Regular.otf"
 
 
@@ -50,7 +52,9 @@ def draw(config, dataset, scores):
 def draw_contact_sheet(path, dataset, scores, ranks):
     """A PNG of some queries, the same ones whatever the model, and of the worst misses: what was asked, and what came first."""
     sample = np.unique(((np.arange(SAMPLE) + 0.5) * len(ranks) / SAMPLE).astype(int))
-    misses = np.flatnonzero((ranks > 1) & np.isfinite(ranks))  # no model finds what is not among the candidates
+    misses = np.flatnonzero(
+        (ranks > 1) & np.isfinite(ranks)
+    )  # no model finds what is not among the candidates
     worst = misses[np.argsort(-ranks[misses], kind="stable")][:WORST]
     sections = {"A sample, the same queries in every evaluation": sample}
     if len(worst):
@@ -58,16 +62,27 @@ def draw_contact_sheet(path, dataset, scores, ranks):
 
     query_width, candidate_width = (
         size if isinstance(picture, Path) else 2 * size  # a text needs more room
-        for size, (_, picture) in ((QUERY, dataset.show_query(0)), (CANDIDATE, dataset.show_candidate(0, 0)))
+        for size, (_, picture) in (
+            (QUERY, dataset.show_query(0)),
+            (CANDIDATE, dataset.show_candidate(0, 0)),
+        )
     )
-    words, candidates = 3 * GAP + query_width, 3 * GAP + query_width + 170  # where their columns begin
+    words, candidates = (
+        3 * GAP + query_width,
+        3 * GAP + query_width + 170,
+    )  # where their columns begin
     step, row_height, heading = candidate_width + GAP, QUERY + 2 * GAP, 46
     height = 80 + sum(heading + row_height * len(rows) for rows in sections.values())
     sheet = Image.new("RGB", (candidates + TOP * step + 3 * GAP + step + GAP, height), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((2 * GAP, 14), summary(ranks), INK, font(20))
     legend = "Left the query, then the candidates, best first, with their scores. The right one is framed; "
-    pen.text((2 * GAP, 44), legend + f"it stands at the end where it is not among the first {TOP}.", FAINT, font(14))
+    pen.text(
+        (2 * GAP, 44),
+        legend + f"it stands at the end where it is not among the first {TOP}.",
+        FAINT,
+        font(14),
+    )
     y = 80
     for title, rows in sections.items():
         pen.text((2 * GAP, y + 10), title, INK, font(17))
@@ -78,21 +93,49 @@ def draw_contact_sheet(path, dataset, scores, ranks):
             lines = wrap(word, 18, 150, 2)
             pen.text((words, y), "\n".join(lines), INK, font(18))
             length = len(dataset.rows.candidates.places_of(row))
-            rank = f"rank {ranks[row]:.0f} of {length}" if np.isfinite(ranks[row]) else f"not among the {length}"
-            pen.text((words, y + 8 + 26 * len(lines)), rank, RIGHT if ranks[row] == 1 else WRONG, font(16))
-            pen.text((words, y + 34 + 26 * len(lines)), f"row {dataset.rows.numbers[row]}", FAINT, font(13))
-            for place, (_, picture, score, relevant) in enumerate(first_candidates(dataset, scores, row)):
+            rank = (
+                f"rank {ranks[row]:.0f} of {length}"
+                if np.isfinite(ranks[row])
+                else f"not among the {length}"
+            )
+            pen.text(
+                (words, y + 8 + 26 * len(lines)),
+                rank,
+                RIGHT if ranks[row] == 1 else WRONG,
+                font(16),
+            )
+            pen.text(
+                (words, y + 34 + 26 * len(lines)),
+                f"row {dataset.rows.numbers[row]}",
+                FAINT,
+                font(13),
+            )
+            for place, (_, picture, score, relevant) in enumerate(
+                first_candidates(dataset, scores, row)
+            ):
                 x, top = candidates + place * step + 2 * GAP * (place == TOP), y + 12
                 if relevant:
-                    pen.rectangle((x - 5, top - 5, x + candidate_width + 4, top + CANDIDATE + 4), RIGHT)
+                    pen.rectangle(
+                        (x - 5, top - 5, x + candidate_width + 4, top + CANDIDATE + 4), RIGHT
+                    )
                 if place == TOP:
-                    pen.text((x - 2 * GAP + 3, top + CANDIDATE // 2), "…", FAINT, font(16), anchor="mm")
+                    pen.text(
+                        (x - 2 * GAP + 3, top + CANDIDATE // 2), "…", FAINT, font(16), anchor="mm"
+                    )
                 draw_picture(sheet, (x, top), picture, candidate_width, CANDIDATE)
                 below = (x + candidate_width // 2, top + CANDIDATE + 15)
-                pen.text(below, "missing" if score is None else f"{score:.3f}", INK if relevant else FAINT, font(13), anchor="mm")
+                pen.text(
+                    below,
+                    "missing" if score is None else f"{score:.3f}",
+                    INK if relevant else FAINT,
+                    font(13),
+                    anchor="mm",
+                )
             y += row_height
     with open_whole(path, "wb") as file:
-        sheet.save(file, "PNG", compress_level=1)  # in half the time, while other processes wait; no larger
+        sheet.save(
+            file, "PNG", compress_level=1
+        )  # in half the time, while other processes wait; no larger
 
 
 def write_gallery(path, dataset, scores, ranks):
@@ -100,7 +143,11 @@ def write_gallery(path, dataset, scores, ranks):
 
     Each distinct picture is in it once, small.
     """
-    pictures, candidates, queries = {}, {}, []  # of the first two the values are numbers, in the order in which they come
+    pictures, candidates, queries = (
+        {},
+        {},
+        [],
+    )  # of the first two the values are numbers, in the order in which they come
 
     def number(numbers, item):
         return numbers.setdefault(item, len(numbers))
@@ -115,14 +162,20 @@ def write_gallery(path, dataset, scores, ranks):
                 "picture": number(pictures, (picture, QUERY)),
                 "rank": int(rank) if np.isfinite(rank) else None,
                 "of": len(dataset.rows.candidates.places_of(row)),
-                "candidates": [number(candidates, (name, number(pictures, (look, CANDIDATE)))) for name, look, _, _ in shown],
+                "candidates": [
+                    number(candidates, (name, number(pictures, (look, CANDIDATE))))
+                    for name, look, _, _ in shown
+                ],
                 "scores": [score if score is None else round(score, 3) for _, _, score, _ in shown],
                 "right": [relevant for *_, relevant in shown].index(True),
             }
         )
     data = {
         "summary": summary(ranks),
-        "pictures": [for_html(*item) for item in tqdm(pictures, desc="drawing the gallery", leave=False, disable=None)],
+        "pictures": [
+            for_html(*item)
+            for item in tqdm(pictures, desc="drawing the gallery", leave=False, disable=None)
+        ],
         "candidates": list(candidates),
         "queries": queries,
     }
@@ -146,7 +199,9 @@ def draw_curves(path, log):
         values = [line[name] for line in lines if line.get(name) is not None]
         axes = losses if name.endswith("/loss") else ranking
         if steps:
-            axes.plot(steps, values, "--" if name.startswith("eval/") else "-", marker=".", label=name)
+            axes.plot(
+                steps, values, "--" if name.startswith("eval/") else "-", marker=".", label=name
+            )
     for axes in (losses, ranking):
         axes.set_xlabel("updates")
         axes.set_ylim(bottom=0)
@@ -160,7 +215,9 @@ def draw_curves(path, log):
 def summary(ranks):
     """How many queries went how well: str. ranks: (N,)"""
     first, ten, missing = (ranks == 1).sum(), (ranks <= 10).sum(), np.isinf(ranks).sum()
-    counts = f"{len(ranks):,} queries: the right one first in {first:,}, among the first ten in {ten:,}"
+    counts = (
+        f"{len(ranks):,} queries: the right one first in {first:,}, among the first ten in {ten:,}"
+    )
     return counts + (f", missing from the candidates in {missing:,}" if missing else "")
 
 
@@ -174,7 +231,10 @@ def first_candidates(dataset, scores, row):
     columns = metrics.best_first(score, label)[:TOP].tolist()
     if label not in columns:
         columns.append(label)
-    return [(*dataset.show_candidate(row, c), None if c < 0 else float(score[c]), c == label) for c in columns]
+    return [
+        (*dataset.show_candidate(row, c), None if c < 0 else float(score[c]), c == label)
+        for c in columns
+    ]
 
 
 def draw_picture(sheet, corner, picture, width, height):
@@ -189,7 +249,9 @@ def small(picture, width, height):
     if isinstance(picture, Path):
         return Image.fromarray(decode_image(picture, height).permute(1, 2, 0).numpy())
     image = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(image).text((4, 1), "\n".join(wrap(picture, 12, width - 8, height // 16)), INK, font(12), spacing=1)
+    ImageDraw.Draw(image).text(
+        (4, 1), "\n".join(wrap(picture, 12, width - 8, height // 16)), INK, font(12), spacing=1
+    )
     return image
 
 
@@ -199,7 +261,9 @@ def wrap(text, size, width, length):
     text = unicodedata.normalize("NFC", " ".join(text[:TEXT_LIMIT].split()))
     lines = []
     while text:
-        end = bisect_right(list(accumulate(advance(character, size) for character in text[:width])), width)
+        end = bisect_right(
+            list(accumulate(advance(character, size) for character in text[:width])), width
+        )
         if end < len(text):
             if len(lines) == length - 1:
                 return [*lines, text[: max(0, end - 1)] + "…"]

@@ -32,7 +32,10 @@ def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
     if "lomo_optim" not in sys.modules:
         sys.modules["lomo_optim"] = None  # pyrefly: ignore[unsupported-operation]
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    on_cpu = (
+        not torch.accelerator.is_available()
+        or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    )
     # On CPU processes only find each other if told so: DDP through cpu=True, DeepSpeed, which cpu=True would drop, through gloo.
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,
@@ -54,7 +57,11 @@ def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
         f"{processes} on {accelerator.device.type}, strategy {accelerator.distributed_type.value}, "
         f"mixed precision {accelerator.mixed_precision}"
     )
-    if on_cpu and accelerator.num_processes == 1 and torch.get_num_threads() < (os.cpu_count() or 1):
+    if (
+        on_cpu
+        and accelerator.num_processes == 1
+        and torch.get_num_threads() < (os.cpu_count() or 1)
+    ):
         accelerator.print(
             f"Using {torch.get_num_threads()} of {os.cpu_count()} CPU cores, as `accelerate launch` sets it; "
             "--config_file accelerate_config/cpu.yaml uses all"
@@ -66,7 +73,11 @@ def check_launch(accelerator: Accelerator):
     """That the processes and the strategy are those that were asked for: accelerate falls back in silence. Raises UserError."""
     asked = int(os.environ.get("WORLD_SIZE", 1))
     # `accelerate launch --num_processes 2` starts one process where it finds no GPU; its environment gives it away.
-    if "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
+    if (
+        "WORLD_SIZE" not in os.environ
+        and "ACCELERATE_USE_CPU" in os.environ
+        and "MASTER_ADDR" in os.environ
+    ):
         raise UserError(
             "several processes were asked for and one was started: on a CPU launch with "
             "--config_file accelerate_config/cpu_2_processes.yaml (and --num_processes N)"
@@ -84,7 +95,9 @@ def check_launch(accelerator: Accelerator):
                 + ("; it runs FSDP on GPUs only" * (wanted and strategy == DistributedType.FSDP))
             )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UserError("FSDP 1 is not supported: write fsdp_version: 2 into the config, as in accelerate_config/fsdp2.yaml")
+        raise UserError(
+            "FSDP 1 is not supported: write fsdp_version: 2 into the config, as in accelerate_config/fsdp2.yaml"
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")
 
@@ -92,7 +105,10 @@ def check_launch(accelerator: Accelerator):
 def describe_strategy(accelerator) -> dict:
     """{"strategy": ..., and "processes": ... where each of them holds a part of the optimizer's state}"""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return {"strategy": f"ZeRO-{accelerator.deepspeed_plugin.zero_stage}", "processes": accelerator.num_processes}
+        return {
+            "strategy": f"ZeRO-{accelerator.deepspeed_plugin.zero_stage}",
+            "processes": accelerator.num_processes,
+        }
     if accelerator.distributed_type == DistributedType.FSDP:
         return {"strategy": "FSDP2", "processes": accelerator.num_processes}
     return {"strategy": "DDP"}  # one process is one of these
@@ -101,11 +117,16 @@ def describe_strategy(accelerator) -> dict:
 def set_up_deepspeed(accelerator, max_grad_norm, gradient_accumulation_steps):
     """What DeepSpeed takes from its own config, whatever the loop says; the one place that knows of it. Raises UserError."""
     config = accelerator.deepspeed_plugin.deepspeed_config
-    ours = {"gradient_clipping": float(max_grad_norm), "gradient_accumulation_steps": gradient_accumulation_steps}
+    ours = {
+        "gradient_clipping": float(max_grad_norm),
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+    }
     for name, value in ours.items():
         # It ignores the norm that clip_grad_norm_ is given, and takes "auto" for 1.0.
         if config.get(name, "auto") not in ("auto", value):
-            raise UserError(f"the DeepSpeed config has {name} {config[name]}, the command {value}: leave it out of the config")
+            raise UserError(
+                f"the DeepSpeed config has {name} {config[name]}, the command {value}: leave it out of the config"
+            )
         config[name] = value
     # Else transformers would hand out pieces of weights under ZeRO-3 (even with zero3_init_flag: false), before it is known
     # which of them decay. So each process builds the whole model in main memory, and DeepSpeed divides it then.
@@ -131,12 +152,16 @@ def watch_for_stop(accelerator: Accelerator):
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     _stop.launcher = os.getppid() if launched else None
     if accelerator.num_processes > 1:
-        _stop.group = torch.distributed.new_group(backend="gloo")  # between the hosts: a GPU's queue of work is not waited for
+        _stop.group = torch.distributed.new_group(
+            backend="gloo"
+        )  # between the hosts: a GPU's queue of work is not waited for
 
 
 def stop_if_asked():
     """Raise Stopped on every process if one was asked to end, or has lost its launcher. Nothing without `watch_for_stop`."""
-    asked = torch.tensor(int(_stop.signal is not None or _stop.launcher not in (None, os.getppid())))
+    asked = torch.tensor(
+        int(_stop.signal is not None or _stop.launcher not in (None, os.getppid()))
+    )
     if _stop.group is not None:
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=_stop.group)
     if asked:
@@ -167,7 +192,9 @@ def check_shared(accelerator: Accelerator, folder: Path):
         mark.touch()
     accelerator.wait_for_everyone()
     if not mark.exists():
-        raise UserError(f"--output_dir {folder.resolve()}: this machine does not see what the first writes; name a shared disk")
+        raise UserError(
+            f"--output_dir {folder.resolve()}: this machine does not see what the first writes; name a shared disk"
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         mark.unlink()

@@ -40,9 +40,13 @@ def ranks_of_relevant(scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or len(scores) == 0:
-        raise ValueError(f"expected scores (N, C) and labels (N,) with N > 0, got {scores.shape} and {labels.shape}")
+        raise ValueError(
+            f"expected scores (N, C) and labels (N,) with N > 0, got {scores.shape} and {labels.shape}"
+        )
     if labels.min() < -1 or labels.max() >= scores.shape[1]:
-        raise ValueError(f"labels must be -1 or a column of scores (N, C) = {scores.shape}, got {labels.min()} to {labels.max()}")
+        raise ValueError(
+            f"labels must be -1 or a column of scores (N, C) = {scores.shape}, got {labels.min()} to {labels.max()}"
+        )
     relevant = np.where(labels >= 0, scores[np.arange(len(scores)), labels], 0)  # (N,)
     if not np.isfinite(relevant).all():
         raise ValueError(

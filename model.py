@@ -65,10 +65,14 @@ class DualEncoder(PreTrainedModel):
     def __init__(self, config, backbone=None):
         """backbone: a model that is loaded already; without it, one is built from config.backbone_config."""
         super().__init__(config)
-        self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
+        self.backbone = (
+            AutoModel.from_config(config.backbone_config) if backbone is None else backbone
+        )
         hidden_size = 2 * config.embedding_size
         self.head = nn.Sequential(
-            nn.Linear(config.feature_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, config.embedding_size)
+            nn.Linear(config.feature_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, config.embedding_size),
         )
         # Of the cosines before the softmax, learned as in CLIP. (1,): FSDP2 divides tensors, and refuses a scalar.
         self.log_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
@@ -88,7 +92,9 @@ class DualEncoder(PreTrainedModel):
             return {"outputs": self.embed(images)}
         rows, width = candidate_mask.shape
         page_embeddings = self.embed(pages)  # (R, D)
-        candidate_embeddings = self.embed(candidates.flatten(0, 1)).unflatten(0, (rows, width))  # (R, C, D)
+        candidate_embeddings = self.embed(candidates.flatten(0, 1)).unflatten(
+            0, (rows, width)
+        )  # (R, C, D)
         scores = cosine(page_embeddings[:, None], candidate_embeddings)  # (R, C)
         # Masked after the scaling: 0 x -inf would be a NaN in the gradient of the scale.
         logits = (scores * self.log_scale.exp()).masked_fill(~candidate_mask, -math.inf)  # (R, C)
@@ -102,10 +108,14 @@ class DualEncoder(PreTrainedModel):
         """uint8 (B, 3, H, W) to float32 (B, D) of length 1. Call `forward`, not this, from outside."""
         # Pixels travel to the device as bytes, a quarter of the traffic, and become numbers here.
         statistics = (self.config.image_mean, self.config.image_std)
-        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in statistics)
+        mean, std = (
+            torch.tensor(values, device=images.device)[:, None, None] for values in statistics
+        )
         pixel_values = ((images / 255 - mean) / std).to(self.head[0].weight.dtype)
         # Channels last: the convolutions of the small model take two thirds of the time on a CPU.
-        features = pool_all_levels(self.backbone, pixel_values.contiguous(memory_format=torch.channels_last))
+        features = pool_all_levels(
+            self.backbone, pixel_values.contiguous(memory_format=torch.channels_last)
+        )
         return functional.normalize(self.head(features.to(pixel_values.dtype)).float(), dim=1)
 
 
@@ -138,13 +148,17 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * b).sum(-1)
 
 
-def rerank_scores(outputs: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+def rerank_scores(
+    outputs: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor
+) -> torch.Tensor:
     """From an evaluation's outputs, float32 (M, D), to scores, float32 (N, C) padded with -inf.
 
     queries: int (N,), candidates: int (N, C) padded with -1; both say which of the M inputs.
     """
     scores = torch.full(candidates.shape, -math.inf, device=outputs.device)  # (N, C)
-    rows, columns = torch.nonzero(candidates >= 0, as_tuple=True)  # (pairs,), without the padding: lists differ a lot in length
+    rows, columns = torch.nonzero(
+        candidates >= 0, as_tuple=True
+    )  # (pairs,), without the padding: lists differ a lot in length
     for pairs in torch.arange(len(rows)).split(2**16):  # bounds the memory to 2 x 65536 x D numbers
         row, column = rows[pairs], columns[pairs]
         scores[row, column] = cosine(outputs[queries[row]], outputs[candidates[row, column]])
@@ -164,19 +178,29 @@ def load_model(model_name_or_path: str | Path | None) -> DualEncoder:
         return DualEncoder.from_pretrained(model_name_or_path, use_safetensors=True)
     config = getattr(config, "vision_config", config)  # CLIP and its like: the image half
     backbone = AutoModel.from_pretrained(
-        model_name_or_path, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        model_name_or_path,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     size = getattr(config, "image_size", None) or 224
     size = size if isinstance(size, int) else max(size)  # some say height and width
     with torch.no_grad():
         feature_size = pool_all_levels(backbone, torch.zeros(1, 3, size, size)).shape[1]
-    options = {"feature_size": feature_size, "page_size": size, "element_size": size} | read_preprocessing(model_name_or_path)
+    options = {
+        "feature_size": feature_size,
+        "page_size": size,
+        "element_size": size,
+    } | read_preprocessing(model_name_or_path)
     return DualEncoder(DualEncoderConfig(backbone_config=config, **options), backbone)
 
 
 def read_preprocessing(model_name_or_path):
     """The image_mean and image_std that the backbone was trained with, or {} if it does not say."""
-    path = cached_file(model_name_or_path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    path = cached_file(
+        model_name_or_path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
+    )
     if path is None:
         return {}
     with open(path, encoding="utf-8") as file:

@@ -29,18 +29,42 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 SEED = 0
-PAGE_SIZE, ELEMENT_SIZE = 96, 32  # pixels; an element stands in its page at its own size, so line widths compare
-PAGES = {"train": 8000, "eval": 500, "test_vocabulary": 500}  # rows that training or evaluation will use
+PAGE_SIZE, ELEMENT_SIZE = (
+    96,
+    32,
+)  # pixels; an element stands in its page at its own size, so line widths compare
+PAGES = {
+    "train": 8000,
+    "eval": 500,
+    "test_vocabulary": 500,
+}  # rows that training or evaluation will use
 SHARE = {"train": 0.76, "eval": 0.08, "test_vocabulary": 0.16}  # of the search words
-ODD_ROWS = 5  # a CSV has as many rows without candidates, and as many with 400 or more, as real data has
-COLUMNS = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info"]
+ODD_ROWS = (
+    5  # a CSV has as many rows without candidates, and as many with 400 or more, as real data has
+)
+COLUMNS = [
+    "search_word",
+    "template_idx",
+    "page_num",
+    "x_image_path",
+    "resourceKey",
+    "candidate_resourceKey",
+    "x_info",
+    "y_info",
+]
 
 # font file (without its version) -> the styles in it, each told from the others by the suffix of the icon's name
 FONTS = {
     "fontawesome6-regular-webfont": {"fa-regular": ""},
     "fontawesome6-solid-webfont": {"fa-solid": ""},
     "materialdesignicons6-webfont": {"mdi-outline": "-outline", "mdi-filled": ""},
-    "phosphor": {"ph-thin": "-thin", "ph-light": "-light", "ph-bold": "-bold", "ph-fill": "-fill", "ph-regular": ""},
+    "phosphor": {
+        "ph-thin": "-thin",
+        "ph-light": "-light",
+        "ph-bold": "-bold",
+        "ph-fill": "-fill",
+        "ph-regular": "",
+    },
     "remixicon": {"ri-line": "-line", "ri-fill": "-fill"},
     "codicon": {"codicon": ""},
     "elusiveicons-webfont": {"elusive": ""},
@@ -49,7 +73,12 @@ FONTS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data_dir", type=Path, default=Path("default_data"), help="folder to write; it must not exist yet")
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=Path("default_data"),
+        help="folder to write; it must not exist yet",
+    )
     build(parser.parse_args().data_dir)
 
 
@@ -77,14 +106,20 @@ def build(data_dir: str | Path, progress: bool = True):
             glyphs = draw_elements(icons, unfinished / "elements", bar)
             for number, (split, (split_icons, words)) in enumerate(split_by_word(icons).items()):
                 random = np.random.default_rng((SEED, number))
-                rows = compose_pages(split, split_icons, words, glyphs, random, unfinished / "images", bar)
-                with open(unfinished / "csv" / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+                rows = compose_pages(
+                    split, split_icons, words, glyphs, random, unfinished / "images", bar
+                )
+                with open(
+                    unfinished / "csv" / f"{split}.csv", "w", newline="", encoding="utf-8"
+                ) as file:
                     csv.writer(file).writerows([COLUMNS, *rows])
         unfinished.chmod(0o755)  # mkdtemp lets nobody else read it
         try:
             os.rename(unfinished, data_dir)
         except OSError:
-            if not data_dir.exists():  # else another machine on the same disk was first, with the same bytes
+            if (
+                not data_dir.exists()
+            ):  # else another machine on the same disk was first, with the same bytes
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -95,7 +130,9 @@ def read_icons():
     # The package is found, not imported: importing it asks for Qt.
     package = importlib.util.find_spec("qtawesome")
     if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError("the default data is drawn from the fonts of the package qtawesome: pip install qtawesome")
+        raise ModuleNotFoundError(
+            "the default data is drawn from the fonts of the package qtawesome: pip install qtawesome"
+        )
     folder = Path(package.submodule_search_locations[0]) / "fonts"
     icons = {}
     for font, styles in FONTS.items():
@@ -120,11 +157,15 @@ def split_by_word(icons):
         for word in name.split("-"):
             found[word].add((style, name))
     words = sorted(
-        w for w, has in found.items() if len(w) > 2 and w.isalpha() and 8 <= len(has) <= 160 and len({s for s, _ in has}) > 2
+        w
+        for w, has in found.items()
+        if len(w) > 2 and w.isalpha() and 8 <= len(has) <= 160 and len({s for s, _ in has}) > 2
     )
     words = [words[i] for i in np.random.default_rng(SEED).permutation(len(words))]
     ends = np.cumsum([0, *SHARE.values()]) * len(words)
-    dealt = {split: set(words[round(ends[i]) : round(ends[i + 1])]) for i, split in enumerate(SHARE)}
+    dealt = {
+        split: set(words[round(ends[i]) : round(ends[i + 1])]) for i, split in enumerate(SHARE)
+    }
     splits = {split: [] for split in SHARE}
     for style, name in icons:
         for split in ("test_vocabulary", "eval", "train"):
@@ -171,15 +212,21 @@ def compose_pages(split, icons, words, glyphs, random, folder, bar):
         return items[random.integers(len(items))]
 
     rows = []
-    words = [word for word in words if len(by_word[word]) > 1]  # one style alone would leave nothing to rank
+    words = [
+        word for word in words if len(by_word[word]) > 1
+    ]  # one style alone would leave nothing to rank
     while len(rows) < PAGES[split] + 2 * ODD_ROWS:
         word = pick(words)
         style = pick(list(by_word[word]))
         name = pick(by_word[word][style])
-        found = [(style, name)] + [(s, n) for s, names in by_word[word].items() if s != style for n in names]
+        found = [(style, name)] + [
+            (s, n) for s, names in by_word[word].items() if s != style for n in names
+        ]
         odd = len(rows) - PAGES[split]  # the odd rows come last
         if odd >= ODD_ROWS:  # a search that found far too much
-            found += [icon for icon in icons if icon[0] != style and icon not in found][: 400 - len(found) + odd]
+            found += [icon for icon in icons if icon[0] != style and icon not in found][
+                : 400 - len(found) + odd
+            ]
         found = [] if 0 <= odd < ODD_ROWS else [f"{s}_{n}" for s, n in found]
 
         # A grid of icons of the style, with one cell left empty: the relevant one was taken out.
@@ -193,7 +240,14 @@ def compose_pages(split, icons, words, glyphs, random, folder, bar):
         Image.fromarray(page).save(folder / f"{path}.png", compress_level=1)
         (x, y), box = cells[0], ELEMENT_SIZE
         rows.append(
-            [word, len(rows) // 4, len(rows) % 4, path, f"{style}_{name}", [found[i] for i in random.permutation(len(found))]]
+            [
+                word,
+                len(rows) // 4,
+                len(rows) % 4,
+                path,
+                f"{style}_{name}",
+                [found[i] for i in random.permutation(len(found))],
+            ]
             + [[PAGE_SIZE, PAGE_SIZE], [x, y, x + box, y + box]]
         )
         bar.update()

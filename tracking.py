@@ -26,10 +26,14 @@ def make_trackers(config) -> list:
     installed = [str(name) for name in get_available_trackers()]
     for name in names:
         if name not in known:
-            raise UserError(f"--report_to {config.report_to}: there is no {name!r}; name some of {', '.join(known)}, or none")
+            raise UserError(
+                f"--report_to {config.report_to}: there is no {name!r}; name some of {', '.join(known)}, or none"
+            )
         if name not in installed:  # accelerate would go on without it
             found = ", ".join(installed) or "none"
-            raise UserError(f"--report_to {config.report_to}: {name} is not installed (there is {found}): pip install {name}")
+            raise UserError(
+                f"--report_to {config.report_to}: {name} is not installed (there is {found}): pip install {name}"
+            )
     return [JsonlTracker(Path(config.output_dir) / "log.jsonl"), *names]
 
 
@@ -53,25 +57,41 @@ def start_trackers(accelerator: Accelerator, config, state, datasets):
     }
     if accelerator.is_main_process:
         facts = keep_lines(Path(config.output_dir) / "log.jsonl", state) or facts
-    options = {"trackio": {"name": facts["run_id"], "resume": "allow"}, "tensorboard": {"purge_step": state.step + state.done}}
+    options = {
+        "trackio": {"name": facts["run_id"], "resume": "allow"},
+        "tensorboard": {"purge_step": state.step + state.done},
+    }
     if LoggerType.WANDB in accelerator.log_with:
-        options["wandb"] = wandb_options(accelerator, config) | {"id": facts["run_id"], "resume": "allow"}
+        options["wandb"] = wandb_options(accelerator, config) | {
+            "id": facts["run_id"],
+            "resume": "allow",
+        }
     accelerator.init_trackers(config.project, init_kwargs=options)
     for tracker in accelerator.trackers:  # of the main process; the other ones have none
         # Only these two take values inside of values; names such as config.learning_rate do for the others.
-        tracker.store_init_configuration(facts if tracker.name in ("jsonl", "wandb") else flatten_dict(facts))
+        tracker.store_init_configuration(
+            facts if tracker.name in ("jsonl", "wandb") else flatten_dict(facts)
+        )
 
 
 def wandb_options(accelerator: Accelerator, config) -> dict:
     """What `wandb.init` is to be told: without a key it logs offline, and a line says so."""
     import wandb  # here, since it takes 0.6 s, which only those who ask for it are to wait
 
-    offline = "WANDB_MODE" not in os.environ and accelerator.is_main_process and not wandb.login(prompt=False)
+    offline = (
+        "WANDB_MODE" not in os.environ
+        and accelerator.is_main_process
+        and not wandb.login(prompt=False)
+    )
     if offline:
         accelerator.print(
             f"wandb has no key here, so it logs offline; to upload: wandb sync {config.output_dir}/wandb/offline-run-*"
         )
-    return {"dir": config.output_dir, "mode": "offline" if offline else None, "settings": wandb.Settings(silent=offline)}
+    return {
+        "dir": config.output_dir,
+        "mode": "offline" if offline else None,
+        "settings": wandb.Settings(silent=offline),
+    }
 
 
 def keep_lines(log: Path, state) -> dict | None:
@@ -95,7 +115,11 @@ def keep_lines(log: Path, state) -> dict | None:
 def open_whole(path: Path, mode: str = "w"):
     """A file to write, UTF-8 where it is text, at `path` once it is whole: whoever looks meanwhile sees the one before."""
     unfinished = path.with_name(f".{path.name}-unfinished")
-    with open(unfinished, mode) if "b" in mode else open(unfinished, mode, newline="", encoding="utf-8") as file:
+    with (
+        open(unfinished, mode)
+        if "b" in mode
+        else open(unfinished, mode, newline="", encoding="utf-8") as file
+    ):
         yield file
     os.replace(unfinished, path)
 
@@ -130,7 +154,10 @@ class JsonlTracker(GeneralTracker):
 
     def log(self, values, step=None, **kwargs):
         # JSON has no inf and no NaN; a gradient norm may be one where fp16 skips an update.
-        values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        values = {
+            name: None if isinstance(v, float) and not math.isfinite(v) else v
+            for name, v in values.items()
+        }
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
 
@@ -141,7 +168,9 @@ def log_picture(accelerator: Accelerator, name: str, path: Path, step: int):
         return
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":
-            tracker.log_images({name: [str(path)]}, step=step)  # the file as it is; pixels would be compressed anew
+            tracker.log_images(
+                {name: [str(path)]}, step=step
+            )  # the file as it is; pixels would be compressed anew
         elif tracker.name == "tensorboard":
             pixels = np.asarray(Image.open(path))[None]  # (1, H, W, 3)
             tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
@@ -159,16 +188,26 @@ def show(accelerator: Accelerator, progress: tqdm, state, values: dict[str, floa
     if "train/loss" in values:
         losses = f"loss {values['train/loss']:.4f}, {values['train/samples_per_second']:.0f} rows/s"
         name = state.training_config["best_metric"].partition(":")[2]
-        progress.set_postfix_str(f"{losses}, {name} {list(state.evaluations.values())[-1][name]:.4f}")
+        progress.set_postfix_str(
+            f"{losses}, {name} {list(state.evaluations.values())[-1][name]:.4f}"
+        )
         if progress.disable:
             progress.write(f"update {state.step:>6}  {losses}")
     if state.step in state.evaluations:
         progress.write(
-            f"update {state.step:>6}  " + "  ".join(f"{name} {values[name]:.4f}" for name in HEADLINES if name in values)
+            f"update {state.step:>6}  "
+            + "  ".join(f"{name} {values[name]:.4f}" for name in HEADLINES if name in values)
         )
 
 
-HEADLINES = ("eval/loss", "eval/Recall@1", "eval/MRR@100", "rerank/Recall@1", "rerank/Recall@10", "rerank/MRR@100")
+HEADLINES = (
+    "eval/loss",
+    "eval/Recall@1",
+    "eval/MRR@100",
+    "rerank/Recall@1",
+    "rerank/Recall@10",
+    "rerank/MRR@100",
+)
 
 
 def closing_table(state, config, global_batch_size: int, seconds: float) -> str:
@@ -181,7 +220,10 @@ def closing_table(state, config, global_batch_size: int, seconds: float) -> str:
         f"{'':<20}{'before':>12}{f'best, {best}':>14}{f'last, {last}':>14}",
     ]
     for name in names:
-        values = [state.evaluations[step].get(name, math.nan) if step is not None else math.nan for step in (first, best, last)]
+        values = [
+            state.evaluations[step].get(name, math.nan) if step is not None else math.nan
+            for step in (first, best, last)
+        ]
         lines.append(f"{name:<20}{values[0]:>12.4f}{values[1]:>14.4f}{values[2]:>14.4f}")
     places = {
         "best": f"the model of update {best}, best by {config.best_metric}",

@@ -30,7 +30,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import gallery
-from checkpoint import MANIFEST, check_checkpoint, load_training_state, newest_checkpoint, read_checkpoint, save_checkpoint
+from checkpoint import (
+    MANIFEST,
+    check_checkpoint,
+    load_training_state,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from data import TrainSampler, UserError, fingerprint, read_datasets, updates_per_epoch, whole
 from evaluate import collect_losses, maybe_log_save_evaluate
 from launch import (
@@ -55,7 +62,10 @@ DEFAULT_DATA_DIR = "default_data"
 def option(default, text, **heading):
     """A value of Config with its help; heading="...": it is the first one under that in --help."""
     kind = str if default is None else type(default)
-    return field(default=default, metadata=heading | {"help": text, "type": kind, "metavar": kind.__name__.upper()})
+    return field(
+        default=default,
+        metadata=heading | {"help": text, "type": kind, "metavar": kind.__name__.upper()},
+    )
 
 
 @dataclass(frozen=True)
@@ -63,14 +73,20 @@ class Config:
     """Each value has its default here and nowhere else. Processes, strategy and precision are the launch's to say."""
 
     data_dir: str = option(
-        DEFAULT_DATA_DIR, "data folder, laid out as data.py says; the default one is built when it is absent", heading="data"
+        DEFAULT_DATA_DIR,
+        "data folder, laid out as data.py says; the default one is built when it is absent",
+        heading="data",
     )
-    max_candidates: int = option(400, "rows with this many candidates or more are left out: searches that found far too much")
+    max_candidates: int = option(
+        400, "rows with this many candidates or more are left out: searches that found far too much"
+    )
     num_negatives: int = option(
-        7, "candidates drawn for a row besides the relevant one, in training and in the shared evaluation; each one costs time"
+        7,
+        "candidates drawn for a row besides the relevant one, in training and in the shared evaluation; each one costs time",
     )
     num_workers: int = option(
-        0, "DataLoader workers per process; 0 is fastest while the decoded pages and elements fit in 2 GB each, else about 4"
+        0,
+        "DataLoader workers per process; 0 is fastest while the decoded pages and elements fit in 2 GB each, else about 4",
     )
 
     model_name_or_path: str | None = option(
@@ -79,20 +95,33 @@ class Config:
         heading="model",
     )
 
-    num_epochs: int = option(2, "passes over train.csv; 2 take 1 to 3 minutes on two CPU cores", heading="optimization")
-    max_steps: int = option(
-        0, "stop after this many updates, and plan the learning rate for them, 20 for a trial; 0: as num_epochs says"
+    num_epochs: int = option(
+        2, "passes over train.csv; 2 take 1 to 3 minutes on two CPU cores", heading="optimization"
     )
-    per_device_batch_size: int = option(16, "rows in a micro-batch of a process; more take memory in proportion")
-    gradient_accumulation_steps: int = option(1, "micro-batches in an update, for a global batch that the memory does not hold")
+    max_steps: int = option(
+        0,
+        "stop after this many updates, and plan the learning rate for them, 20 for a trial; 0: as num_epochs says",
+    )
+    per_device_batch_size: int = option(
+        16, "rows in a micro-batch of a process; more take memory in proportion"
+    )
+    gradient_accumulation_steps: int = option(
+        1, "micro-batches in an update, for a global batch that the memory does not hold"
+    )
     learning_rate: float = option(
-        4e-3, "the highest, after the warm-up; 4e-3 suits the small model, about 1e-5 to 1e-4 a pretrained one"
+        4e-3,
+        "the highest, after the warm-up; 4e-3 suits the small model, about 1e-5 to 1e-4 a pretrained one",
     )
     warmup_ratio: float = option(
-        0.1, "share of the updates over which the learning rate rises from 0; it then falls to 0 as a cosine"
+        0.1,
+        "share of the updates over which the learning rate rises from 0; it then falls to 0 as a cosine",
     )
-    weight_decay: float = option(0.05, "of AdamW, on matrices and kernels; biases, norms and scales have none")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm, lest one batch undo the others; 0: never")
+    weight_decay: float = option(
+        0.05, "of AdamW, on matrices and kernels; biases, norms and scales have none"
+    )
+    max_grad_norm: float = option(
+        1.0, "gradients are scaled down to this norm, lest one batch undo the others; 0: never"
+    )
     seed: int = option(0, "of the initial weights, the order of the rows and the drawn candidates")
 
     log_every: int = option(
@@ -100,13 +129,19 @@ class Config:
         "updates between two lines of train/loss and its like, for each of which the device waits; 0: only at the end",
         heading="logging, evaluating, saving (counted in updates; all three also happen at the end)",
     )
-    eval_every: int = option(500, "updates between two evaluations, both ways; 0: only before the first update and at the end")
+    eval_every: int = option(
+        500,
+        "updates between two evaluations, both ways; 0: only before the first update and at the end",
+    )
     per_device_eval_batch_size: int = option(
         32,
         "rows or pages in a batch of an evaluation, on a process; more suit a GPU, but on a CPU the layers of more are above the "
         "32 MB that glibc keeps and uses again, and take half as long again",
     )
-    save_every: int = option(200, "updates between two checkpoints, from which an interrupted run goes on; 0: only at the end")
+    save_every: int = option(
+        200,
+        "updates between two checkpoints, from which an interrupted run goes on; 0: only at the end",
+    )
     save_total_limit: int = option(2, "checkpoints that are kept, the newest ones; 0: all")
     best_metric: str = option(
         "min:eval/loss",
@@ -115,9 +150,14 @@ class Config:
     )
 
     output_dir: str = option(
-        "output", "where everything goes; a run that is there and was interrupted goes on", heading="where to"
+        "output",
+        "where everything goes; a run that is there and was interrupted goes on",
+        heading="where to",
     )
-    resume: str = option("auto", "auto: from the newest whole checkpoint in output_dir; never; or a checkpoint's folder")
+    resume: str = option(
+        "auto",
+        "auto: from the newest whole checkpoint in output_dir; never; or a checkpoint's folder",
+    )
     report_to: str = option(
         "wandb",
         "trackers, besides output_dir/log.jsonl: any that accelerate knows, with commas between (wandb,tensorboard), or none",
@@ -126,7 +166,16 @@ class Config:
 
 
 # What may differ between the parts of an interrupted run: it changes no number.
-WITHOUT_EFFECT = ("data_dir", "num_workers", "log_every", "save_every", "save_total_limit", "output_dir", "resume", "report_to")
+WITHOUT_EFFECT = (
+    "data_dir",
+    "num_workers",
+    "log_every",
+    "save_every",
+    "save_total_limit",
+    "output_dir",
+    "resume",
+    "report_to",
+)
 WITHOUT_EFFECT += ("project",)
 
 
@@ -166,10 +215,23 @@ class TrainState:
     def restore(self, saved):
         for name in SAVED:
             setattr(self, name, saved[name])
-        self.evaluations = {int(step): values for step, values in self.evaluations.items()}  # JSON has only text for keys
+        self.evaluations = {
+            int(step): values for step, values in self.evaluations.items()
+        }  # JSON has only text for keys
 
 
-SAVED = ("step", "done", "best_step", "best_value", "evaluations", "losses", "rows", "seconds", "grad_norm", "learning_rate")
+SAVED = (
+    "step",
+    "done",
+    "best_step",
+    "best_value",
+    "evaluations",
+    "losses",
+    "rows",
+    "seconds",
+    "grad_norm",
+    "learning_rate",
+)
 
 
 def main():
@@ -186,13 +248,19 @@ def main():
     try:
         model = load_model(config.model_name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {config.model_name_or_path}: {' '.join(str(error).split())}") from None
-    accelerator.print(f"reading {config.data_dir}: each row and image is checked before training begins")
+        raise UserError(
+            f"--model_name_or_path {config.model_name_or_path}: {' '.join(str(error).split())}"
+        ) from None
+    accelerator.print(
+        f"reading {config.data_dir}: each row and image is checked before training begins"
+    )
     datasets = read_datasets(config, model, ("train", "eval", "test_vocabulary"))
     state = make_state(accelerator, config, datasets)
     checkpoint = find_checkpoint(accelerator, config, state)
     if state.finished:
-        accelerator.print(f"{config.output_dir} holds a run that is finished ({state.step} updates), and is left as it is")
+        accelerator.print(
+            f"{config.output_dir} holds a run that is finished ({state.step} updates), and is left as it is"
+        )
         return finish(accelerator)
     if checkpoint is not None:
         model = load_model(checkpoint)
@@ -202,7 +270,15 @@ def main():
     )
     start_trackers(accelerator, config, state, datasets)
     try:
-        train(accelerator, config, model, state, checkpoint, *datasets, compute_metrics=compute_metrics)
+        train(
+            accelerator,
+            config,
+            model,
+            state,
+            checkpoint,
+            *datasets,
+            compute_metrics=compute_metrics,
+        )
     except Stopped:
         accelerator.print(
             f"\nstopped, as asked, after update {state.step}, which is in {config.output_dir}/checkpoints: "
@@ -213,7 +289,17 @@ def main():
     finish(accelerator)
 
 
-def train(accelerator, config, model, state, checkpoint, train_dataset, eval_dataset, rerank_dataset, compute_metrics):
+def train(
+    accelerator,
+    config,
+    model,
+    state,
+    checkpoint,
+    train_dataset,
+    eval_dataset,
+    rerank_dataset,
+    compute_metrics,
+):
     """Train `model` from `state` on, as `config` says; everything it leaves is in config.output_dir.
 
     checkpoint: the folder that `state` was read from, or None. Raises UserError, and Stopped once everything is saved.
@@ -223,7 +309,9 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, eval_dat
     train_dataloader = DataLoader(
         train_dataset,
         batch_size=config.per_device_batch_size,
-        sampler=TrainSampler(len(train_dataset), global_batch_size, state.num_updates, config.seed, state.step),
+        sampler=TrainSampler(
+            len(train_dataset), global_batch_size, state.num_updates, config.seed, state.step
+        ),
         collate_fn=whole,
         num_workers=config.num_workers,
         worker_init_fn=leave_signals_to_the_main_process,
@@ -232,7 +320,9 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, eval_dat
     )
     # eps: with the usual 1e-8 a weight whose gradient is all rounding moves by a full step, and runs that should agree drift.
     # fused: on a CPU in a third of the time or less; torch does not take it by itself.
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), lr=config.learning_rate, eps=1e-6, fused=True
+    )
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
     set_seed(config.seed, device_specific=True)  # from here on each process has dropout of its own
     if checkpoint is not None:
@@ -259,9 +349,13 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, eval_dat
                 state.learning_rate = learning_rate_at(state.step, state.num_updates, config)
                 for group in optimizer.param_groups:
                     group["lr"] = state.learning_rate
-                state.window.append((state.step, state.learning_rate, *train_step(accelerator, model, batch)))
+                state.window.append(
+                    (state.step, state.learning_rate, *train_step(accelerator, model, batch))
+                )
                 if accelerator.sync_gradients:
-                    state.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+                    state.grad_norm = accelerator.clip_grad_norm_(
+                        model.parameters(), config.max_grad_norm or math.inf
+                    )
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
@@ -272,11 +366,19 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, eval_dat
                     stop_if_asked()
     except Stopped:
         collect_losses(accelerator, state)
-        save_checkpoint(accelerator, model, state, Path(config.output_dir) / "checkpoints", config.save_total_limit)
+        save_checkpoint(
+            accelerator,
+            model,
+            state,
+            Path(config.output_dir) / "checkpoints",
+            config.save_total_limit,
+        )
         raise
     progress.close()
     if accelerator.is_main_process:
-        gallery.draw_curves(Path(config.output_dir) / "curves.png", Path(config.output_dir) / "log.jsonl")
+        gallery.draw_curves(
+            Path(config.output_dir) / "curves.png", Path(config.output_dir) / "log.jsonl"
+        )
     accelerator.print(closing_table(state, config, global_batch_size, time.perf_counter() - began))
 
 
@@ -296,14 +398,21 @@ def learning_rate_at(step: int, num_updates: int, config: Config) -> float:
     warmup = max(1, round(config.warmup_ratio * num_updates))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_updates - warmup)))
+    return (
+        config.learning_rate
+        * 0.5
+        * (1 + math.cos(math.pi * (step - warmup) / max(1, num_updates - warmup)))
+    )
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Matrices and kernels decay; biases, norms and scales, which have fewer than two dimensions, do not."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def read_config(arguments: list[str]) -> Config:
@@ -319,8 +428,14 @@ def read_config(arguments: list[str]) -> Config:
             raise UserError(f"--config {file}: expected lines of the form `option: value`")
         # As flags before the others, so that a value is read and checked in one way wherever it stands, and the last one counts.
         # One that is null has its default.
-        given = [(name, value) for name, value in values.items() if value is not None or name not in Config.__dataclass_fields__]
-        arguments = [word for name, value in given for word in (f"--{name}", str(value))] + arguments
+        given = [
+            (name, value)
+            for name, value in values.items()
+            if value is not None or name not in Config.__dataclass_fields__
+        ]
+        arguments = [
+            word for name, value in given for word in (f"--{name}", str(value))
+        ] + arguments
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(f"there is no such option: {' '.join(unknown)}; --help lists them")
@@ -333,7 +448,9 @@ def read_config(arguments: list[str]) -> Config:
         if not value >= least  # so that NaN is one too
     ]
     if config.warmup_ratio > 1:
-        problems.append(f"--warmup_ratio is {config.warmup_ratio}, it must be at most 1: it is a share of the updates")
+        problems.append(
+            f"--warmup_ratio is {config.warmup_ratio}, it must be at most 1: it is a share of the updates"
+        )
     if config.seed >= 2**32:
         problems.append(f"--seed is {config.seed}, it must be below 2**32")
     if not config.best_metric.startswith(("min:eval/", "max:eval/", "min:rerank/", "max:rerank/")):
@@ -353,7 +470,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="a YAML of these options, without the dashes")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="a YAML of these options, without the dashes",
+    )
     group = parser
     for each in fields(Config):
         how = dict(each.metadata)
@@ -364,9 +486,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 AT_LEAST = {
-    0: ("max_steps", "num_workers", "learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm", "seed")
+    0: (
+        "max_steps",
+        "num_workers",
+        "learning_rate",
+        "warmup_ratio",
+        "weight_decay",
+        "max_grad_norm",
+        "seed",
+    )
     + ("log_every", "eval_every", "save_every", "save_total_limit"),
-    1: ("num_epochs", "num_negatives", "max_candidates", "per_device_batch_size", "per_device_eval_batch_size")
+    1: (
+        "num_epochs",
+        "num_negatives",
+        "max_candidates",
+        "per_device_batch_size",
+        "per_device_eval_batch_size",
+    )
     + ("gradient_accumulation_steps",),
 }
 
@@ -375,12 +511,16 @@ def make_output_dir(accelerator: Accelerator, config: Config):
     """Make the folder, and see that all can write to it and that --resume allows what is in it. Raises UserError."""
     folder = Path(config.output_dir)
     if config.resume not in ("auto", "never") and not (Path(config.resume) / MANIFEST).is_file():
-        raise UserError(f"--resume {config.resume}: no checkpoint is there; name a folder like output/checkpoints/step_00000200")
+        raise UserError(
+            f"--resume {config.resume}: no checkpoint is there; name a folder like output/checkpoints/step_00000200"
+        )
     goes_on = config.resume == "auto" or (
         config.resume != "never" and Path(config.resume).resolve().is_relative_to(folder.resolve())
     )
     if (folder / "log.jsonl").exists() and not goes_on:
-        raise UserError(f"--output_dir {folder} holds a run already: name another one, remove it, or leave --resume out")
+        raise UserError(
+            f"--output_dir {folder} holds a run already: name another one, remove it, or leave --resume out"
+        )
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     make_writable(folder)
     check_shared(accelerator, folder)
@@ -391,7 +531,10 @@ def build_default_data(accelerator: Accelerator, config: Config):
     if config.data_dir == DEFAULT_DATA_DIR:
         with accelerator.local_main_process_first():
             if accelerator.is_local_main_process and not Path(config.data_dir).exists():
-                print(f"building the default data, once: 25,000 small images in {config.data_dir}/, about 20 seconds", flush=True)
+                print(
+                    f"building the default data, once: 25,000 small images in {config.data_dir}/, about 20 seconds",
+                    flush=True,
+                )
                 import sample_data  # here, so that whoever has data can delete that file
 
                 sample_data.build(config.data_dir)
@@ -402,17 +545,29 @@ def build_default_data(accelerator: Accelerator, config: Config):
 def make_state(accelerator: Accelerator, config: Config, datasets) -> TrainState:
     """The state before the first update. Raises UserError."""
     num_rows = len(datasets[0])
-    global_batch_size = config.per_device_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    global_batch_size = (
+        config.per_device_batch_size
+        * accelerator.num_processes
+        * config.gradient_accumulation_steps
+    )
     if global_batch_size > num_rows:
-        raise UserError(f"a global batch of {global_batch_size} rows is more than the {num_rows} rows of {datasets[0].rows.path}")
+        raise UserError(
+            f"a global batch of {global_batch_size} rows is more than the {num_rows} rows of {datasets[0].rows.path}"
+        )
     # How the global batch is cut and who computes it changes only the last bits, unless each process holds its part of the state.
     cut = ("per_device_batch_size", "gradient_accumulation_steps")
-    depends_on = {name: value for name, value in asdict(config).items() if name not in (*WITHOUT_EFFECT, *cut)}
-    depends_on |= {"global_batch_size": global_batch_size, "mixed_precision": accelerator.mixed_precision}
+    depends_on = {
+        name: value for name, value in asdict(config).items() if name not in (*WITHOUT_EFFECT, *cut)
+    }
+    depends_on |= {
+        "global_batch_size": global_batch_size,
+        "mixed_precision": accelerator.mixed_precision,
+    }
     depends_on |= describe_strategy(accelerator) | {"data": fingerprint(datasets)}
     packages = ("torch", "accelerate", "transformers", "numpy", "pillow")
     return TrainState(
-        num_updates=config.max_steps or config.num_epochs * updates_per_epoch(num_rows, global_batch_size),
+        num_updates=config.max_steps
+        or config.num_epochs * updates_per_epoch(num_rows, global_batch_size),
         training_config=asdict(config) | {"mixed_precision": accelerator.mixed_precision},
         depends_on=depends_on,
         versions={name: importlib.metadata.version(name) for name in packages},
@@ -432,12 +587,21 @@ def find_checkpoint(accelerator: Accelerator, config: Config, state: TrainState)
         problem = check_checkpoint(accelerator, checkpoint)
         if problem is not None:
             raise UserError(f"--resume {checkpoint}: it is damaged: {problem}")
-    manifest, saved = read_checkpoint(checkpoint) if checkpoint else (first_line(folder / "log.jsonl"), None)
+    manifest, saved = (
+        read_checkpoint(checkpoint) if checkpoint else (first_line(folder / "log.jsonl"), None)
+    )
     if manifest is None:
         return None
-    names = [name for name in state.depends_on if manifest["depends_on"].get(name) != state.depends_on[name]]
+    names = [
+        name
+        for name in state.depends_on
+        if manifest["depends_on"].get(name) != state.depends_on[name]
+    ]
     if names:
-        differences = "; ".join(f"{name} was {manifest['depends_on'].get(name)}, is {state.depends_on[name]}" for name in names)
+        differences = "; ".join(
+            f"{name} was {manifest['depends_on'].get(name)}, is {state.depends_on[name]}"
+            for name in names
+        )
         raise UserError(
             f"{checkpoint or folder} is of a run with other numbers: {differences}: launch as before, or name another folder"
         )
@@ -445,12 +609,22 @@ def find_checkpoint(accelerator: Accelerator, config: Config, state: TrainState)
         accelerator.print(f"{folder} holds a run without a whole checkpoint: it begins again")
         return None
     state.restore(saved)
-    if not (folder / "best").exists():  # in another folder than the checkpoint's: the next evaluation is the best one here
+    if not (
+        folder / "best"
+    ).exists():  # in another folder than the checkpoint's: the next evaluation is the best one here
         state.best_step = state.best_value = None
     if not state.finished:
-        others = [name for name, version in state.versions.items() if manifest["versions"].get(name) != version]
-        warning = f" (last bits may differ: other versions of {', '.join(others)})" if others else ""
-        accelerator.print(f"going on from update {state.step} of {state.num_updates}: {checkpoint}{warning}")
+        others = [
+            name
+            for name, version in state.versions.items()
+            if manifest["versions"].get(name) != version
+        ]
+        warning = (
+            f" (last bits may differ: other versions of {', '.join(others)})" if others else ""
+        )
+        accelerator.print(
+            f"going on from update {state.step} of {state.num_updates}: {checkpoint}{warning}"
+        )
     return checkpoint
 
 

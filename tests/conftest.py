@@ -18,12 +18,27 @@ from model import DualEncoder, DualEncoderConfig
 REPOSITORY = Path(__file__).parent.parent
 # For launches that share the cores, where threads that wait without letting go slow all tenfold. One that is alone is slower so.
 SIDE_BY_SIDE = {"OMP_WAIT_POLICY": "PASSIVE"}
-COLUMNS = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey", "candidate_resourceKey", "x_info", "y_info"]
+COLUMNS = [
+    "search_word",
+    "template_idx",
+    "page_num",
+    "x_image_path",
+    "resourceKey",
+    "candidate_resourceKey",
+    "x_info",
+    "y_info",
+]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="also the tests marked long: every way of running, ten minutes more")
-    parser.addoption("--write-table", action="store_true", help="write the README's table of test_parity.py anew")
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="also the tests marked long: every way of running, ten minutes more",
+    )
+    parser.addoption(
+        "--write-table", action="store_true", help="write the README's table of test_parity.py anew"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -49,11 +64,21 @@ def tiny_model(tmp_path_factory):
 
 def make_tiny_model(folder):
     """A folder with a model that computes next to nothing, and has dropout."""
-    backbone = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone = {
+        "model_type": "vit",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     backbone |= {"image_size": 16, "patch_size": 8, "hidden_dropout_prob": 0.1}
-    config = DualEncoderConfig(backbone_config=backbone, feature_size=86, embedding_size=16, page_size=16, element_size=16)
+    config = DualEncoderConfig(
+        backbone_config=backbone, feature_size=86, embedding_size=16, page_size=16, element_size=16
+    )
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same in each run of the tests: when an evaluation is the best one depends on it
+        torch.manual_seed(
+            0
+        )  # the same in each run of the tests: when an evaluation is the best one depends on it
         DualEncoder(config).save_pretrained(folder)
     return folder
 
@@ -63,16 +88,34 @@ def write_data(folder, train=41, evaluation=13, test=17, elements=30):
     random = np.random.default_rng(0)
     for name in ("csv", "images", "elements"):
         (folder / name).mkdir(parents=True)
-    keys = [f"요소 {number}" if number % 5 == 0 else f"element_{number}" for number in range(elements)]
+    keys = [
+        f"요소 {number}" if number % 5 == 0 else f"element_{number}" for number in range(elements)
+    ]
     for key in keys:
-        save_image(folder / "elements" / f"{key}.png", random.integers(0, 256, (32, 32, 4), dtype=np.uint8))
+        save_image(
+            folder / "elements" / f"{key}.png", random.integers(0, 256, (32, 32, 4), dtype=np.uint8)
+        )
     for split, rows in {"train": train, "eval": evaluation, "test_vocabulary": test}.items():
         written = []
         for row in range(rows):
             page = f"{split} {row}"
-            save_image(folder / "images" / f"{page}.png", random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+            save_image(
+                folder / "images" / f"{page}.png",
+                random.integers(0, 256, (64, 64, 3), dtype=np.uint8),
+            )
             found = [keys[i] for i in random.permutation(elements)[: 2 + row % 9]]
-            written.append(["하트" if row % 2 else "heart", row, 1, page, found[0], found, [64, 64], [0, 0, 32, 32]])
+            written.append(
+                [
+                    "하트" if row % 2 else "heart",
+                    row,
+                    1,
+                    page,
+                    found[0],
+                    found,
+                    [64, 64],
+                    [0, 0, 32, 32],
+                ]
+            )
         write_csv(folder / "csv" / f"{split}.csv", written)
     return folder
 
@@ -119,7 +162,10 @@ def launch(
     )
     done = subprocess.run(
         command,
-        env=launch_environment() | SIDE_BY_SIDE | ({} if wandb else {"WANDB_MODE": "disabled"}) | environment,
+        env=launch_environment()
+        | SIDE_BY_SIDE
+        | ({} if wandb else {"WANDB_MODE": "disabled"})
+        | environment,
         cwd=cwd or REPOSITORY,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -135,12 +181,16 @@ def refused(script, *arguments, **options):
     """A launch that must fail with one line: the line, with no traceback before it."""
     done = launch(script, *arguments, check=False, **options)
     assert done.returncode != 0
-    (message,) = re.findall(r"^error: (.*)$", done.stdout, re.MULTILINE)  # once, on however many processes
+    (message,) = re.findall(
+        r"^error: (.*)$", done.stdout, re.MULTILINE
+    )  # once, on however many processes
     assert "Traceback" not in done.stdout.split("error: ")[0]
     return message
 
 
-def launch_command(script, *arguments, config="cpu", processes=None, mixed_precision=None, launch_flags=()):
+def launch_command(
+    script, *arguments, config="cpu", processes=None, mixed_precision=None, launch_flags=()
+):
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     config = f"{config}.yaml" if isinstance(config, str) else config
     command += ["--config_file", REPOSITORY / "accelerate_config" / config] if config else []
@@ -152,13 +202,20 @@ def launch_command(script, *arguments, config="cpu", processes=None, mixed_preci
 
 def launch_environment():
     """This one without what would change a launch, and with the programs of this Python, ninja and accelerate among them."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "ACCELERATE", "OMP_NUM"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("WANDB", "ACCELERATE", "OMP_NUM"))
+    }
     return kept | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
 
 
 def read_log(output_dir):
     """The lines of log.jsonl: (what the first says of the run, the others)."""
-    first, *lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    first, *lines = [
+        json.loads(line)
+        for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return first, lines
 
 

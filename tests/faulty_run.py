@@ -41,7 +41,9 @@ def main():
         set_seed(config.seed)
         with FAULTS[fault]():
             state = train.make_state(accelerator, faulty, datasets)
-            train.train(accelerator, faulty, train.load_model(None), state, None, *datasets, compute_metrics)
+            train.train(
+                accelerator, faulty, train.load_model(None), state, None, *datasets, compute_metrics
+            )
         accelerator.free_memory()
         recorded_run.write_record()
     finish(accelerator)
@@ -52,7 +54,9 @@ def unprepared():
 
     def faulty_prepare(self, model, optimizer, dataloader):
         # As many updates as asked for, each process with the whole stream.
-        return *prepare(self, model, optimizer), itertools.islice(dataloader, len(dataloader) // self.num_processes)
+        return *prepare(self, model, optimizer), itertools.islice(
+            dataloader, len(dataloader) // self.num_processes
+        )
 
     return mock.patch.object(Accelerator, "prepare", faulty_prepare)
 
@@ -93,9 +97,15 @@ def mean_of_batch_means_in_the_evaluation():
 
 def positional_join():
     def faulty_predict(accelerator, model, dataloader, num_items):
-        batches = [(batch.pop("index"), batch.pop("weight", None), model(**batch)) for batch in dataloader]
-        columns = {name: torch.cat([outputs[name] for _, _, outputs in batches]) for name in batches[0][2]}
-        padded = {name: accelerator.pad_across_processes(values) for name, values in columns.items()}
+        batches = [
+            (batch.pop("index"), batch.pop("weight", None), model(**batch)) for batch in dataloader
+        ]
+        columns = {
+            name: torch.cat([outputs[name] for _, _, outputs in batches]) for name in batches[0][2]
+        }
+        padded = {
+            name: accelerator.pad_across_processes(values) for name, values in columns.items()
+        }
         return {name: accelerator.gather(values)[:num_items] for name, values in padded.items()}
 
     return mock.patch.object(recorded_run, "predict", faulty_predict)

@@ -40,7 +40,9 @@ def interrupt():
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "ORPHAN":
         launcher.kill()
-        while os.getppid() == launcher.pid:  # not wait(): it is gone only once whoever launched it, and reads to the end, looks
+        while (
+            os.getppid() == launcher.pid
+        ):  # not wait(): it is gone only once whoever launched it, and reads to the end, looks
             time.sleep(0.01)
     elif what == "FULL":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -37,7 +37,9 @@ def main():
 
         def start(output_dir):
             with open(folder / "text", "w", encoding="utf-8") as text:
-                command = launch_command("train.py", *options, "--output_dir", output_dir, config="cpu_2_processes")
+                command = launch_command(
+                    "train.py", *options, "--output_dir", output_dir, config="cpu_2_processes"
+                )
                 return subprocess.Popen(command, env=launch_environment(), stdout=text, stderr=text)
 
         assert start(folder / "whole").wait() == 0, (folder / "text").read_text()
@@ -53,7 +55,10 @@ def main():
             assert start(output_dir).wait() == 0, (folder / "text").read_text()
             assert_the_same_run(output_dir, folder / "whole", last=200)
             runs += 1
-            print(f"{kills} kills, {inside} of them inside a save, {runs} of {runs} runs equal to the bit", flush=True)
+            print(
+                f"{kills} kills, {inside} of them inside a save, {runs} of {runs} runs equal to the bit",
+                flush=True,
+            )
 
 
 def kill_somewhere(process, output_dir, chance, wants_save):
@@ -62,14 +67,21 @@ def kill_somewhere(process, output_dir, chance, wants_save):
     training = output_dir / "wandb"
     deadline = None
     while process.poll() is None:
-        if deadline is None and training.exists() and any(path.stat().st_mtime > time.time() - 2 for path in training.iterdir()):
+        if (
+            deadline is None
+            and training.exists()
+            and any(path.stat().st_mtime > time.time() - 2 for path in training.iterdir())
+        ):
             deadline = time.time() + chance.uniform(0.5, 6.0)
         saving = any(unfinished.glob(".step_*-unfinished"))
         if deadline is not None and time.time() > deadline and (saving or not wants_save):
             if wants_save:
                 time.sleep(chance.uniform(0, 0.02))
             saving = any(unfinished.glob(".step_*-unfinished"))
-            for each in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
+            for each in (
+                *psutil.Process(process.pid).children(recursive=True),
+                psutil.Process(process.pid),
+            ):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
             process.wait()

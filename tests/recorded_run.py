@@ -37,7 +37,11 @@ for name in SEQUENCE.split():
 train.maybe_log_save_evaluate = recorded(evaluate.maybe_log_save_evaluate)
 train.compute_metrics = recorded(metrics.compute_metrics)
 
-train_step, predict, write_metric_csv = train.train_step, evaluate.predict, evaluate.write_metric_csv
+train_step, predict, write_metric_csv = (
+    train.train_step,
+    evaluate.predict,
+    evaluate.write_metric_csv,
+)
 
 
 def recorded_train_step(accelerator, model, batch):
@@ -62,7 +66,11 @@ def recorded_write_metric_csv(path, dataset, scores):
     shutil.copy(path, record_dir / f"metric_{len(list(record_dir.glob('metric_*.csv')))}.csv")
 
 
-train.train_step, evaluate.predict, evaluate.write_metric_csv = recorded_train_step, recorded_predict, recorded_write_metric_csv
+train.train_step, evaluate.predict, evaluate.write_metric_csv = (
+    recorded_train_step,
+    recorded_predict,
+    recorded_write_metric_csv,
+)
 
 
 def write_record():

@@ -18,15 +18,28 @@ from PIL import Image
 import train
 from data import UserError, as_keys, decode_image, find_image, parse_literal, read_rows
 
-EXAMPLES = settings(max_examples=100, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(
+    max_examples=100, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 ROW = ["word", "1", "1", "page", "key", "['key']", "[64, 64]", "[0, 0, 1, 1]"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 CODE = st.sampled_from(
-    ["__import__('os').abort()", "open('/tmp/hole', 'w')", "[].__class__", "lambda: 0", "1 if 1 else 2", "f'{1}'"]
+    [
+        "__import__('os').abort()",
+        "open('/tmp/hole', 'w')",
+        "[].__class__",
+        "lambda: 0",
+        "1 if 1 else 2",
+        "f'{1}'",
+    ]
 )
 LITERALS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(TEXT, inner, max_size=3) | st.tuples(inner, inner),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.dictionaries(TEXT, inner, max_size=3)
+        | st.tuples(inner, inner)
+    ),
     max_leaves=20,
 )
 
@@ -84,7 +97,12 @@ def test_rows(tmp_path_factory, column, cell):
 
 
 @EXAMPLES
-@given(TEXT | st.sampled_from(["../secret", "/etc/passwd", "..", "a/../../secret", "link", ".", "", "a\0b", "x" * 5000]))
+@given(
+    TEXT
+    | st.sampled_from(
+        ["../secret", "/etc/passwd", "..", "a/../../secret", "link", ".", "", "a\0b", "x" * 5000]
+    )
+)
 def test_keys_stay_in_the_folder(tmp_path_factory, key):
     parent = tmp_path_factory.mktemp("keys")
     folder = parent / "images"
@@ -122,7 +140,18 @@ def test_image_bytes(tmp_path_factory, size, mode, changes, cut):
 
 @EXAMPLES
 @given(
-    st.sampled_from(["learning_rate", "num_epochs", "seed", "warmup_ratio", "best_metric", "max_steps", "output_dir", "nothing"]),
+    st.sampled_from(
+        [
+            "learning_rate",
+            "num_epochs",
+            "seed",
+            "warmup_ratio",
+            "best_metric",
+            "max_steps",
+            "output_dir",
+            "nothing",
+        ]
+    ),
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
 )
 def test_config_values(tmp_path_factory, name, value):

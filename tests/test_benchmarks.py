@@ -10,12 +10,25 @@ from conftest import REPOSITORY, SIDE_BY_SIDE, launch_environment
 ROWS = {
     "training": ["train.py", "Trainer", "Trainer, images in memory", "Trainer, same DataLoader"]
     + ["bare loop, same DataLoader", "bare loop, batches in memory"],
-    "rerank_evaluation": ["evaluate.py", "Trainer reference", "Trainer reference, embeddings not kept"]
+    "rerank_evaluation": [
+        "evaluate.py",
+        "Trainer reference",
+        "Trainer reference, embeddings not kept",
+    ]
     + ["Trainer reference, nothing kept", "floor", "lower floor", "85"],
     "ranking_metrics": ["metrics.py", "one NumPy pass", "DataFrame, apply", "pytrec_eval"],
     "reading": ["Python literals", "JSON"],
-    "start": ["python train.py, imports only", "accelerate launch train.py", "of it: imports", "of it: first update"],
-    "input_pipeline": ["kept decoded, 0 workers", "decoded at every use, 4 workers", "the model, training"],
+    "start": [
+        "python train.py, imports only",
+        "accelerate launch train.py",
+        "of it: imports",
+        "of it: first update",
+    ],
+    "input_pipeline": [
+        "kept decoded, 0 workers",
+        "decoded at every use, 4 workers",
+        "the model, training",
+    ],
 }
 
 
@@ -30,12 +43,19 @@ def test_a_small_version(name):
         timeout=400,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    rows = [
+        line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")
+    ]
     assert set(ROWS[name]) <= {row[0] for row in rows}
     for row in rows:
         if row[0] in ROWS[name]:
-            assert all(re.fullmatch(r"-?[\d,.]+( MB)?|training|rerank", cell) for cell in row[1:]), row
+            assert all(
+                re.fullmatch(r"-?[\d,.]+( MB)?|training|rerank", cell) for cell in row[1:]
+            ), row
 
 
 def test_each_benchmark_is_tried():
-    assert {path.stem for path in (REPOSITORY / "tests" / "benchmarks").glob("*.py")} == {*ROWS, "measure"}
+    assert {path.stem for path in (REPOSITORY / "tests" / "benchmarks").glob("*.py")} == {
+        *ROWS,
+        "measure",
+    }

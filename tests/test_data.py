@@ -18,13 +18,25 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import Key, TrainSampler, UserError, batches_in_groups, decode_image, parse_literal, read_datasets, read_rows, whole
+from data import (
+    Key,
+    TrainSampler,
+    UserError,
+    batches_in_groups,
+    decode_image,
+    parse_literal,
+    read_datasets,
+    read_rows,
+    whole,
+)
 
 MODEL = Namespace(config=Namespace(page_size=64, element_size=32))
 
 
 def read_all(data_dir, **options):
-    config = Namespace(**{"data_dir": data_dir, "max_candidates": 400, "num_negatives": 3, "seed": 0} | options)
+    config = Namespace(
+        **{"data_dir": data_dir, "max_candidates": 400, "num_negatives": 3, "seed": 0} | options
+    )
     return read_datasets(config, MODEL, ("train", "eval", "test_vocabulary"))
 
 
@@ -59,7 +71,13 @@ def test_rows_are_left_out_and_counted(data_dir):
 
 def test_keys_are_read_from_json_and_from_python_literals(data_dir):
     keys = ["요소 0", "element_1", 'with "quotes"', "it's", "back\\slash", "with space ", "123"]
-    for text in (str(keys), json.dumps(keys), json.dumps(keys, ensure_ascii=False), str(tuple(keys)), f" {keys}\n"):
+    for text in (
+        str(keys),
+        json.dumps(keys),
+        json.dumps(keys, ensure_ascii=False),
+        str(tuple(keys)),
+        f" {keys}\n",
+    ):
         change(data_dir, "eval", 2, candidate_resourceKey=text)
         assert read_rows(data_dir, "eval", 400).candidates[0] == tuple(keys)
     change(data_dir, "eval", 2, candidate_resourceKey="[1, '1', 'a', 'a']")
@@ -86,7 +104,14 @@ def test_foreign_files(data_dir, encoding, line_end):
 
 
 def opaque(mode, size):
-    colors = {"L": 100, "RGB": (10, 200, 30), "CMYK": (0, 255, 255, 0), "1": 1, "P": 3, "I;16": 100 * 257}
+    colors = {
+        "L": 100,
+        "RGB": (10, 200, 30),
+        "CMYK": (0, 255, 255, 0),
+        "1": 1,
+        "P": 3,
+        "I;16": 100 * 257,
+    }
     image = Image.new(mode, size, colors[mode])
     if mode == "P":
         image.putpalette([0, 0, 0] * 3 + [200, 100, 50] + [0, 0, 0] * 252)
@@ -111,13 +136,19 @@ def test_images_of_any_mode_and_size(tmp_path, mode, file_format, expected, size
     opaque(mode, size).save(tmp_path / "x.png", format=file_format)
     pixels = decode_image(tmp_path / "x.png", 32)
     assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8
-    assert (pixels.float() - torch.tensor(expected)[:, None, None]).abs().max() <= 6  # what JPEG and WebP lose
+    assert (
+        pixels.float() - torch.tensor(expected)[:, None, None]
+    ).abs().max() <= 6  # what JPEG and WebP lose
 
 
 def test_proportions_are_kept_on_white(tmp_path):
     Image.new("RGB", (80, 40), "black").save(tmp_path / "x.png")
     pixels = decode_image(tmp_path / "x.png", 32)
-    assert (pixels[:, :8] == 255).all() and (pixels[:, 8:24] == 0).all() and (pixels[:, 24:] == 255).all()
+    assert (
+        (pixels[:, :8] == 255).all()
+        and (pixels[:, 8:24] == 0).all()
+        and (pixels[:, 24:] == 255).all()
+    )
 
 
 @pytest.mark.parametrize("size", [(400, 3), (3, 400)])
@@ -170,16 +201,37 @@ def test_missing_file(data_dir):
 
 
 @pytest.mark.parametrize(
-    "cell", ["[", "['a'", "{'a': 1}", "3", "['a', 2.5]", "[['a']]", "nan", "[1,]]", "(" * 5000, "[" * 200_000]
+    "cell",
+    [
+        "[",
+        "['a'",
+        "{'a': 1}",
+        "3",
+        "['a', 2.5]",
+        "[['a']]",
+        "nan",
+        "[1,]]",
+        "(" * 5000,
+        "[" * 200_000,
+    ],
 )
 def test_unparsable_cell(data_dir, cell):
     change(data_dir, "train", 7, candidate_resourceKey=cell)
     message = refusal(data_dir)
-    assert "train.csv, row 7, column candidate_resourceKey" in message and cell[:20] in message and len(message) < 400
+    assert (
+        "train.csv, row 7, column candidate_resourceKey" in message
+        and cell[:20] in message
+        and len(message) < 400
+    )
 
 
 def test_cell_that_is_code(data_dir, tmp_path):
-    for cell in (f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()", "[x for x in ()]", "'a' * 10**9", "exit()"):
+    for cell in (
+        f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()",
+        "[x for x in ()]",
+        "'a' * 10**9",
+        "exit()",
+    ):
         for column in ("candidate_resourceKey", "x_info", "y_info"):
             with pytest.raises(ValueError, match="expected"):
                 parse_literal(cell)
@@ -191,7 +243,9 @@ def test_cell_that_is_code(data_dir, tmp_path):
 
 def test_cell_above_the_limit(data_dir):
     change(data_dir, "eval", 4, x_info="[" + "1," * 500_001 + "]")
-    assert "eval.csv, after row 3" in refusal(data_dir) and "field larger than field limit" in refusal(data_dir)
+    assert "eval.csv, after row 3" in refusal(
+        data_dir
+    ) and "field larger than field limit" in refusal(data_dir)
 
 
 def test_not_utf8_and_ragged(data_dir):
@@ -205,11 +259,15 @@ def test_not_utf8_and_ragged(data_dir):
     assert "columns" in refusal(data_dir)
 
 
-@pytest.mark.parametrize("key", ["../../../etc/passwd", "/etc/passwd", "..", "../images/eval 0", "a\0b", "absent", ""])
+@pytest.mark.parametrize(
+    "key", ["../../../etc/passwd", "/etc/passwd", "..", "../images/eval 0", "a\0b", "absent", ""]
+)
 def test_key_without_an_image_inside_the_folder(data_dir, key):
     change(data_dir, "eval", 6, candidate_resourceKey=json.dumps([key]))
     message = refusal(data_dir)
-    assert "eval.csv, row 6" in message and ("no such file" in message or "points outside" in message)
+    assert "eval.csv, row 6" in message and (
+        "no such file" in message or "points outside" in message
+    )
     if key == "../images/eval 0":
         assert "points outside" in message
 
@@ -231,10 +289,20 @@ def enormous_png(width, height):
     """A few bytes that claim to be width x height."""
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -244,9 +312,17 @@ def test_images_that_cannot_be_used(data_dir, monkeypatch, cached):
         monkeypatch.setattr(data, "CACHE_LIMIT", 0)
     path = data_dir / "elements" / "element_1.png"
     good = path.read_bytes()
-    broken = {"truncated": good[: len(good) // 2], "enormous": enormous_png(20_000, 20_000), "bomb": enormous_png(99_999, 99_999)}
+    broken = {
+        "truncated": good[: len(good) // 2],
+        "enormous": enormous_png(20_000, 20_000),
+        "bomb": enormous_png(99_999, 99_999),
+    }
     broken |= {f"32 bits, {mode}": saved(Image.new(mode, (9, 9)), "TIFF") for mode in ("I", "F")}
-    broken |= {"empty": b"", "text": b"not an image", "flipped": good[:600] + bytes([good[600] ^ 1]) + good[601:]}
+    broken |= {
+        "empty": b"",
+        "text": b"not an image",
+        "flipped": good[:600] + bytes([good[600] ^ 1]) + good[601:],
+    }
     for content in broken.values():
         path.write_bytes(content)
         message = refusal(data_dir)
@@ -275,12 +351,16 @@ def test_many_images_are_read_by_several_processes(tmp_path, monkeypatch):
     asked = {str(number): (rows, number) for number in range(2100)}
     images = data.Images(tmp_path, asked, 8)
     assert len(list((tmp_path / "processes").iterdir())) == 2
-    assert [os.path.basename(path) for path in images.paths] == [f"{number}.png" for number in range(2100)]
+    assert [os.path.basename(path) for path in images.paths] == [
+        f"{number}.png" for number in range(2100)
+    ]
     assert (images.pixels == 30 * (np.arange(2100) % 7)[:, None, None, None]).all()
 
     for broken in (1998, 1400, 1402):
         (tmp_path / f"{broken}.png").unlink()
-    with pytest.raises(UserError, match=r"^[^\n]*no such file: '1400.png' \(asked for by train.csv, row 1402\)$"):
+    with pytest.raises(
+        UserError, match=r"^[^\n]*no such file: '1400.png' \(asked for by train.csv, row 1402\)$"
+    ):
         data.Images(tmp_path, asked, 8)
 
 
@@ -308,10 +388,20 @@ def test_a_row_is_its_relevant_element_and_drawn_others(data_dir):
         listed = train.rows.candidates[row]
         relevant = train.rows.columns["resourceKey"][row]
         item = {name: values[0] for name, values in train.__getitems__([Key(row, epoch=1)]).items()}
-        shown = [decode_image(train.rows.path.parent.parent / "elements" / f"{key}.png", 32) for key in keys]
-        found = [next(key for key, image in zip(keys, shown, strict=True) if torch.equal(image, c)) for c in item["candidates"]]
+        shown = [
+            decode_image(train.rows.path.parent.parent / "elements" / f"{key}.png", 32)
+            for key in keys
+        ]
+        found = [
+            next(key for key, image in zip(keys, shown, strict=True) if torch.equal(image, c))
+            for c in item["candidates"]
+        ]
         real = [key for key, there in zip(found, item["candidate_mask"], strict=True) if there]
-        assert real[0] == relevant and len(real) == len(set(real)) == min(4, len(listed)) and set(real) <= set(listed)
+        assert (
+            real[0] == relevant
+            and len(real) == len(set(real)) == min(4, len(listed))
+            and set(real) <= set(listed)
+        )
         assert item["candidates"].dtype == torch.uint8
 
 
@@ -336,7 +426,9 @@ def test_the_draw_depends_on_seed_epoch_and_row_alone(data_dir):
 @pytest.mark.parametrize("missing", [False, True])
 def test_each_choice_of_others_is_drawn_as_often(data_dir, missing):
     path = data_dir / "csv" / "train.csv"
-    row = read_csv(path)[0] | {"candidate_resourceKey": [f"element_{i}" for i in (1, 2, 3, 4, 6, 7)]}
+    row = read_csv(path)[0] | {
+        "candidate_resourceKey": [f"element_{i}" for i in (1, 2, 3, 4, 6, 7)]
+    }
     row["resourceKey"] = "element_8" if missing else "element_3"
     write_csv(path, [list(row.values())] * 2000)
     train, _, _ = read_all(data_dir)
@@ -345,13 +437,17 @@ def test_each_choice_of_others_is_drawn_as_often(data_dir, missing):
     for epoch in range(10):
         relevant, *drawn = train.draw(epoch).T
         assert {keys[place] for place in relevant} == {row["resourceKey"]}
-        found.update(tuple(sorted(keys[place] for place in places)) for places in np.transpose(drawn))
+        found.update(
+            tuple(sorted(keys[place] for place in places)) for places in np.transpose(drawn)
+        )
     others = [key for key in row["candidate_resourceKey"] if key != row["resourceKey"]]
     choices = list(itertools.combinations(others, 3))
     assert sorted(found) == choices  # ten, or twenty
     expected = 20_000 / len(choices)
     chi_squared = sum((times - expected) ** 2 / expected for times in found.values())
-    assert chi_squared < {10: 27.9, 20: 43.8}[len(choices)]  # what chance exceeds once in a thousand times
+    assert (
+        chi_squared < {10: 27.9, 20: 43.8}[len(choices)]
+    )  # what chance exceeds once in a thousand times
 
 
 def test_any_number_of_workers_gives_the_same_batches(data_dir):
@@ -359,7 +455,9 @@ def test_any_number_of_workers_gives_the_same_batches(data_dir):
 
     def batches(workers):
         sampler = TrainSampler(len(train), 8, 12, seed=5)
-        return list(DataLoader(train, batch_size=4, sampler=sampler, collate_fn=whole, num_workers=workers))
+        return list(
+            DataLoader(train, batch_size=4, sampler=sampler, collate_fn=whole, num_workers=workers)
+        )
 
     expected = batches(0)
     for workers in (1, 3):
@@ -384,7 +482,9 @@ def test_each_epoch_has_each_row_once_and_means_are_means(size):
             real = [key.index for key in batch if key.weight]
             assert np.mean(losses * [key.weight for key in batch]) == pytest.approx(np.mean(real))
     assert len(orders) == 3
-    assert list(TrainSampler(41, size, 2, seed=0)) == keys[: 2 * size]  # a function of the update alone
+    assert (
+        list(TrainSampler(41, size, 2, seed=0)) == keys[: 2 * size]
+    )  # a function of the update alone
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -402,7 +502,11 @@ def test_batches_in_groups(processes):
 def test_rerank_items_are_the_distinct_images(data_dir):
     _, _, rerank = read_all(data_dir)
     change(
-        data_dir, "test_vocabulary", 2, candidate_resourceKey="['element_1', 'element_2', 'element_1']", resourceKey="element_3"
+        data_dir,
+        "test_vocabulary",
+        2,
+        candidate_resourceKey="['element_1', 'element_2', 'element_1']",
+        resourceKey="element_3",
     )
     _, _, rerank = read_all(data_dir)
     rows = read_csv(data_dir / "csv" / "test_vocabulary.csv")
@@ -412,7 +516,9 @@ def test_rerank_items_are_the_distinct_images(data_dir):
     assert (rerank.candidates[0] >= 0).sum() == 2  # a key that occurs twice counts once
     for row in range(len(rows)):
         page = rerank.__getitems__([Key(int(rerank.queries[row]))])["images"][0]
-        assert torch.equal(page, decode_image(data_dir / "images" / f"{rows[row]['x_image_path']}.png", 64))
+        assert torch.equal(
+            page, decode_image(data_dir / "images" / f"{rows[row]['x_image_path']}.png", 64)
+        )
         for column, key in enumerate(rerank.rows.candidates[row]):
             element = rerank.__getitems__([Key(int(rerank.candidates[row, column]))])["images"][0]
             assert torch.equal(element, decode_image(data_dir / "elements" / f"{key}.png", 32))

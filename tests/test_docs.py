@@ -22,10 +22,19 @@ def definitions(path):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = node.body[0]
-            docstring = range(first.lineno, first.end_lineno + 1) if ast.get_docstring(node) is not None else ()
-            code = [number for number in range(node.lineno, node.end_lineno + 1) if number not in docstring]
+            docstring = (
+                range(first.lineno, first.end_lineno + 1)
+                if ast.get_docstring(node) is not None
+                else ()
+            )
+            code = [
+                number
+                for number in range(node.lineno, node.end_lineno + 1)
+                if number not in docstring
+            ]
             found[node.name] = sum(
-                not lines[number - 1].strip().startswith("#") and lines[number - 1].strip() != "" for number in code
+                not lines[number - 1].strip().startswith("#") and lines[number - 1].strip() != ""
+                for number in code
             )
     return found
 
@@ -33,17 +42,30 @@ def definitions(path):
 def test_the_table_of_overrides_counts_the_lines():
     trainer = definitions(REPOSITORY / "tests" / "trainer_reference.py")
     ours = definitions(REPOSITORY / "evaluate.py")
-    rows = re.findall(r"^\| `(\w+)`, (\d+) \| \[`(\w+)`\]\(evaluate.py#L\d+\), (\d+) \|", README, re.MULTILINE)
-    assert [row[0] for row in rows] == list(trainer)[list(trainer).index("_maybe_log_save_evaluate") :][:5]
+    rows = re.findall(
+        r"^\| `(\w+)`, (\d+) \| \[`(\w+)`\]\(evaluate.py#L\d+\), (\d+) \|", README, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == list(trainer)[
+        list(trainer).index("_maybe_log_save_evaluate") :
+    ][:5]
     for override, lines, function, our_lines in rows:
-        assert (override, trainer[override], ours[function]) == (override, int(lines), int(our_lines))
+        assert (override, trainer[override], ours[function]) == (
+            override,
+            int(lines),
+            int(our_lines),
+        )
 
 
 def test_links_to_lines_lead_to_the_functions():
     found = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
     assert len(found) >= 6
     for name, file, line in found:
-        assert (REPOSITORY / file).read_text(encoding="utf-8").splitlines()[int(line) - 1].startswith(f"def {name}("), name
+        assert (
+            (REPOSITORY / file)
+            .read_text(encoding="utf-8")
+            .splitlines()[int(line) - 1]
+            .startswith(f"def {name}(")
+        ), name
     for file in re.findall(r"\]\(([\w/.]+?)(?:#.*?)?\)|src=\"(.*?)\"", README):
         assert (REPOSITORY / (file[0] or file[1])).is_file(), file
 
@@ -54,14 +76,23 @@ def what_a_translation_keeps(text):
     prose = re.sub(block, "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^(#+) (.*)$", prose, re.MULTILINE)
     # GitHub's anchors are made of the headings' words: a link within the page is compared by the number of its heading.
-    anchors = ["#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for _, title in headings]
+    anchors = [
+        "#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for _, title in headings
+    ]
     links = re.findall(r"\]\((.*?)\)|src=\"(.*?)\"", prose)
     return {
         "blocks": re.findall(block, text, re.MULTILINE | re.DOTALL),
         "headings": [level for level, _ in headings],
-        "code": sorted(" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)),  # commands, options, files, names
-        "links": {anchors.index(link) if link.startswith("#") else link or source for link, source in links},
-        "rows of tables": re.findall(r"^\||^#", prose, re.MULTILINE),  # the headings tell one table from the next
+        "code": sorted(
+            " ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)
+        ),  # commands, options, files, names
+        "links": {
+            anchors.index(link) if link.startswith("#") else link or source
+            for link, source in links
+        },
+        "rows of tables": re.findall(
+            r"^\||^#", prose, re.MULTILINE
+        ),  # the headings tell one table from the next
     }
 
 
@@ -71,14 +102,18 @@ def test_the_korean_readme_is_in_step():
     ours, korean = what_a_translation_keeps(english), what_a_translation_keeps(KOREAN)
     ours["links"].remove("README.ko.md")
     korean["links"] -= {"README.md", "README.md#the-same-numbers-everywhere"}
-    assert table == 1 and len(ours["blocks"]) >= 7 and "\n## The same numbers everywhere\n" in README
+    assert (
+        table == 1 and len(ours["blocks"]) >= 7 and "\n## The same numbers everywhere\n" in README
+    )
     for part in ours:
         assert korean[part] == ours[part], part
 
 
 def test_the_review_guide_names_what_exists():
     code = {name for path in REPOSITORY.glob("*.py") for name in definitions(path)}
-    tests = {name for path in (REPOSITORY / "tests").glob("test_*.py") for name in definitions(path)}
+    tests = {
+        name for path in (REPOSITORY / "tests").glob("test_*.py") for name in definitions(path)
+    }
     rows = [line.split(" | ") for line in REVIEW.splitlines() if re.match(r"\| \d+ \|", line)]
     assert [int(row[0].strip("| ")) for row in rows] == list(range(1, len(rows) + 1))
     for row in rows:
@@ -92,10 +127,25 @@ def test_the_review_guide_names_what_exists():
 # ---- commands: those in a block of the README are run, the others validated
 
 DOCUMENTS = [
-    REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "train.py", "evaluate.py", "sample_data.py", "sweep.yaml")
+    REPOSITORY / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "train.py",
+        "evaluate.py",
+        "sample_data.py",
+        "sweep.yaml",
+    )
 ]
-DOCUMENTS += [*(REPOSITORY / "accelerate_config").iterdir(), REPOSITORY / "tests" / "kill_test.py", REPOSITORY / "README.ko.md"]
-DOCUMENTS += [*(REPOSITORY / "docs").glob("*.md"), *(REPOSITORY / "tests" / "benchmarks").glob("*.py")]
+DOCUMENTS += [
+    *(REPOSITORY / "accelerate_config").iterdir(),
+    REPOSITORY / "tests" / "kill_test.py",
+    REPOSITORY / "README.ko.md",
+]
+DOCUMENTS += [
+    *(REPOSITORY / "docs").glob("*.md"),
+    *(REPOSITORY / "tests" / "benchmarks").glob("*.py"),
+]
 
 
 def test_each_block_of_the_readme_is_run():
@@ -104,7 +154,9 @@ def test_each_block_of_the_readme_is_run():
         for path in (".ci/run", "tests/test_main_job.py", "tests/test_second_task.py")
     ]
     for marker in re.findall(r"^(.*)\n```bash", README, re.MULTILINE):
-        assert re.fullmatch("<!-- .* -->", marker) and any(marker in runner for runner in runners), marker
+        assert re.fullmatch("<!-- .* -->", marker) and any(
+            marker in runner for runner in runners
+        ), marker
 
 
 def commands():
@@ -114,7 +166,9 @@ def commands():
         text = path.read_text(encoding="utf-8")
         blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         spans = re.findall(r"`([^`\n]+)`", text) if path.suffix == ".md" else []
-        indented = re.findall(r"^(?:#  |    ) *((?:accelerate|python|sbatch|wandb) [\w\"].*)", text, re.MULTILINE)
+        indented = re.findall(
+            r"^(?:#  |    ) *((?:accelerate|python|sbatch|wandb) [\w\"].*)", text, re.MULTILINE
+        )
         printed = re.findall(r"^to .*: +(accelerate .*)", text, re.MULTILINE)  # at the end of a run
         for line in [*re.split(r"\n| && ", "\n".join(blocks)), *spans, *indented, *printed]:
             words = shlex.split(re.sub(r" # .*| +\.\.\.$", "", line).replace(".venv/bin/", ""))
@@ -125,7 +179,9 @@ def commands():
 
 def check_files(words):
     for word in words:
-        assert not re.search(r"\.(py|yaml|txt|sbatch)$|/run$", word) or (REPOSITORY / word).is_file(), f"there is no {word}"
+        assert (
+            not re.search(r"\.(py|yaml|txt|sbatch)$|/run$", word) or (REPOSITORY / word).is_file()
+        ), f"there is no {word}"
 
 
 def check_accelerate(words):
@@ -141,16 +197,22 @@ def check_python(words):
     check_files(words[:1])
     if words[:1] == ["train.py"]:
         # run.yaml is the reader's to write, and --help ends the program.
-        train.read_config([word for word in words[1:] if word not in ("--config", "run.yaml", "--help")])
+        train.read_config(
+            [word for word in words[1:] if word not in ("--config", "run.yaml", "--help")]
+        )
     elif words and words[0].endswith(".py"):
         source = (REPOSITORY / words[0]).read_text(encoding="utf-8")
-        assert all(f'"{word}"' in source for word in words if word.startswith("--")), "no such option"
+        assert all(f'"{word}"' in source for word in words if word.startswith("--")), (
+            "no such option"
+        )
 
 
 def check_pip(words):
     check_files(words)
     pins = (REPOSITORY / "tests" / "requirements.txt").read_text(encoding="utf-8").split()
-    assert words[0] == "install" and all(word in pins for word in words if "==" in word), "another version than in the tests"
+    assert words[0] == "install" and all(word in pins for word in words if "==" in word), (
+        "another version than in the tests"
+    )
 
 
 PROGRAMS = {
@@ -158,7 +220,9 @@ PROGRAMS = {
     "python": check_python,
     "python3": check_python,
     "train.py": lambda words: check_python(["train.py", *words]),
-    "sbatch": lambda words: check_python(["train.py", *words[1:]]),  # the script itself: test_the_slurm_script
+    "sbatch": lambda words: check_python(
+        ["train.py", *words[1:]]
+    ),  # the script itself: test_the_slurm_script
     "pip": check_pip,
     "wandb": check_files,
     "bash": check_files,
@@ -182,5 +246,9 @@ def test_other_commands_are_accepted(pytestconfig):
             raise AssertionError(f"{document}: {program} {shlex.join(words)}: {error}") from error
     of_evaluate = (REPOSITORY / "evaluate.py").read_text(encoding="utf-8")
     for option in re.findall(r"`(--[\w-]+)", README):
-        ours = option[2:] in train.Config.__dataclass_fields__ or option == "--config" or f'"{option}"' in of_evaluate
+        ours = (
+            option[2:] in train.Config.__dataclass_fields__
+            or option == "--config"
+            or f'"{option}"' in of_evaluate
+        )
         assert ours or pytestconfig.getoption(option) is not None

@@ -36,15 +36,22 @@ def data(tmp_path_factory):
     for grey, key in enumerate(('a "quoted" key', "it's <i>")):
         save_image(folder / "elements" / f"{key}.png", np.full((20, 50, 3), 100 * grey, np.uint8))
     (folder / "elements" / "again.png").symlink_to('a "quoted" key.png')
-    table[0] |= {"search_word": NASTY, "candidate_resourceKey": json.dumps([table[0]["resourceKey"], 'a "quoted" key', "again"])}
+    table[0] |= {
+        "search_word": NASTY,
+        "candidate_resourceKey": json.dumps([table[0]["resourceKey"], 'a "quoted" key', "again"]),
+    }
     table[1] |= {
         "search_word": unicodedata.normalize("NFD", "하트"),
         "candidate_resourceKey": '["it\'s <i>"]',
         "resourceKey": "it's <i>",
     }
-    everything = [f"요소 {number}" if number % 5 == 0 else f"element_{number}" for number in range(40)]
+    everything = [
+        f"요소 {number}" if number % 5 == 0 else f"element_{number}" for number in range(40)
+    ]
     table[3] |= {"search_word": "", "candidate_resourceKey": json.dumps(everything)}
-    table[MISSING]["candidate_resourceKey"] = json.dumps([key for key in everything if key != table[MISSING]["resourceKey"]][:12])
+    table[MISSING]["candidate_resourceKey"] = json.dumps(
+        [key for key in everything if key != table[MISSING]["resourceKey"]][:12]
+    )
     write_csv(path, [row.values() for row in table], list(table[0]))
     return folder
 
@@ -57,7 +64,9 @@ def dataset(data):
 
 def random_scores(dataset, seed=0):
     """With ties, and padded."""
-    scores = np.random.default_rng(seed).integers(-8, 8, dataset.candidates.shape).astype(np.float32) / 8
+    scores = (
+        np.random.default_rng(seed).integers(-8, 8, dataset.candidates.shape).astype(np.float32) / 8
+    )
     return np.where(dataset.candidates.numpy() >= 0, scores, -np.inf).astype(np.float32)
 
 
@@ -90,7 +99,10 @@ class Sheet:
 
 def expected_row(dataset, row, table):
     """[(picture, is it the relevant one)] of what a query must show, by metric.csv."""
-    ordered, relevant = json.loads(table[row]["sorted_candidate_resourcekey"]), table[row]["resourceKey"]
+    ordered, relevant = (
+        json.loads(table[row]["sorted_candidate_resourcekey"]),
+        table[row]["resourceKey"],
+    )
     keys = ordered[: gallery.TOP] + [relevant] * (relevant not in ordered[: gallery.TOP])
     elements = dataset.rows.path.parent.parent / "elements"
     return [((elements / f"{key}.png").resolve(), key == relevant) for key in keys]
@@ -103,12 +115,20 @@ def test_the_contact_sheet_shows_what_metric_csv_says(dataset, monkeypatch, tmp_
     assert not (tmp_path / "gallery.html").exists()
     ranks = np.array([float(row["rank"]) for row in table])
     finite = [row for row in range(17) if np.isfinite(ranks[row])]
-    worst = sorted((row for row in finite if ranks[row] > 1), key=lambda row: -ranks[row])[: gallery.WORST]
+    worst = sorted((row for row in finite if ranks[row] > 1), key=lambda row: -ranks[row])[
+        : gallery.WORST
+    ]
     pages = {path: row for row, path in enumerate(dataset.show_query(row)[1] for row in range(17))}
     rows = [pages[query[0][1]] for query in sheet.queries]
-    assert rows[gallery.SAMPLE :] == worst and len(set(rows[: gallery.SAMPLE])) == gallery.SAMPLE and MISSING in rows
+    assert (
+        rows[gallery.SAMPLE :] == worst
+        and len(set(rows[: gallery.SAMPLE])) == gallery.SAMPLE
+        and MISSING in rows
+    )
     for row, (_, *candidates) in zip(rows, sheet.queries, strict=True):
-        assert [(picture, sheet.framed(corner)) for corner, picture in candidates] == expected_row(dataset, row, table)
+        assert [(picture, sheet.framed(corner)) for corner, picture in candidates] == expected_row(
+            dataset, row, table
+        )
         corners = np.array([corner for corner, _ in candidates])
         assert (np.diff(corners[:, 0]) >= gallery.CANDIDATE).all() and (corners >= 0).all()
         assert (corners + gallery.CANDIDATE + 20 <= sheet.image.size).all()  # nothing is cut off
@@ -149,13 +169,25 @@ def test_korean_is_drawn():
 
 
 @pytest.mark.parametrize(
-    "text", ["하트 " * 40, "가나다라마바사" * 30, "a long_key_without_any_space" * 9, "two words", "", " \n\t"]
+    "text",
+    [
+        "하트 " * 40,
+        "가나다라마바사" * 30,
+        "a long_key_without_any_space" * 9,
+        "two words",
+        "",
+        " \n\t",
+    ],
 )
 def test_text_stays_in_its_width(text):
     lines = gallery.wrap(text, 12, 100, 3)
-    assert len(lines) <= 3 and all(0 < gallery.font(12).getlength(line.rstrip("…")) <= 100 for line in lines)
+    assert len(lines) <= 3 and all(
+        0 < gallery.font(12).getlength(line.rstrip("…")) <= 100 for line in lines
+    )
     whole = "".join(lines).replace(" ", "")
-    assert "".join(text.split()).startswith(whole.rstrip("…")) and whole.endswith("…") == (len(text) > 100)
+    assert "".join(text.split()).startswith(whole.rstrip("…")) and whole.endswith("…") == (
+        len(text) > 100
+    )
 
 
 class Page(HTMLParser):
@@ -181,26 +213,45 @@ def test_the_gallery_holds_what_metric_csv_says(dataset, tmp_path):
     table = table_of(dataset, scores, tmp_path)
     gallery.draw(Namespace(output_dir=tmp_path, gallery=True), dataset, scores)
     page = Page(tmp_path / "gallery.html")
-    assert page.tags.count("script") == 2 and "b" not in page.tags and "i" not in page.tags and not page.links
+    assert (
+        page.tags.count("script") == 2
+        and "b" not in page.tags
+        and "i" not in page.tags
+        and not page.links
+    )
     pictures, queries = page.data["pictures"], page.data["queries"]
     assert [query["word"] for query in queries[:2]] == [NASTY, "하트"]
     looks = set()
     for row, query in enumerate(queries):
         rank = float(table[row]["rank"])
-        assert query["rank"] == (rank if np.isfinite(rank) else None) and query["row"] == dataset.rows.numbers[row]
+        assert (
+            query["rank"] == (rank if np.isfinite(rank) else None)
+            and query["row"] == dataset.rows.numbers[row]
+        )
         expected = expected_row(dataset, row, table)
         assert query["right"] == [right for _, right in expected].index(True)
         ordered = json.loads(table[row]["sorted_candidate_resourcekey"])
         names = [page.data["candidates"][number][0] for number in query["candidates"]]
-        assert names == ordered[: gallery.TOP] + [table[row]["resourceKey"]] * (len(names) > min(len(ordered), gallery.TOP))
+        assert names == ordered[: gallery.TOP] + [table[row]["resourceKey"]] * (
+            len(names) > min(len(ordered), gallery.TOP)
+        )
         by_key = dict(zip(ordered, json.loads(table[row]["sorted_score"]), strict=True))
         assert query["scores"] == [by_key.get(name) for name in names]  # eighths are exact
         looks |= {path for path, _ in expected} | {dataset.show_query(row)[1]}
     assert queries[MISSING]["rank"] is None and queries[MISSING]["scores"][-1] is None
-    assert len(pictures) == len({picture["image"] for picture in pictures}) == len(looks)  # each once
-    font = TTFont(io.BytesIO(base64.b64decode(re.search("data:font/woff;base64,([^)]*)", page.text)[1])))
-    assert {ord(character) for word in ("하트", "heart", "0.125") for character in word} <= font.getBestCmap().keys()
-    sizes = {Image.open(io.BytesIO(base64.b64decode(picture["image"].split(",")[1]))).size for picture in pictures}
+    assert (
+        len(pictures) == len({picture["image"] for picture in pictures}) == len(looks)
+    )  # each once
+    font = TTFont(
+        io.BytesIO(base64.b64decode(re.search("data:font/woff;base64,([^)]*)", page.text)[1]))
+    )
+    assert {
+        ord(character) for word in ("하트", "heart", "0.125") for character in word
+    } <= font.getBestCmap().keys()
+    sizes = {
+        Image.open(io.BytesIO(base64.b64decode(picture["image"].split(",")[1]))).size
+        for picture in pictures
+    }
     assert sizes == {(128, 128), (80, 80)}
 
 
@@ -209,7 +260,11 @@ def test_a_task_of_texts(data, dataset, monkeypatch, tmp_path):
 
     class Texts(RerankDataset):
         def show_query(self, row):
-            return "찾기", f"질문 {row}: what does it say of <script> in a passage that is longer than a line? " * 3
+            return (
+                "찾기",
+                f"질문 {row}: what does it say of <script> in a passage that is longer than a line? "
+                * 3,
+            )
 
         def show_candidate(self, row, column):
             key, _ = super().show_candidate(row, column)
@@ -224,13 +279,22 @@ def test_a_task_of_texts(data, dataset, monkeypatch, tmp_path):
             cell = np.asarray(sheet.image.crop((x, y, x + 150, y + gallery.CANDIDATE)).convert("L"))
             assert 0.05 < (cell < 128).mean() < 0.5  # written over all of it, on white
     data = Page(tmp_path / "gallery.html").data
-    assert all(list(picture) == ["text"] and len(picture["text"]) <= gallery.TEXT_LIMIT + 1 for picture in data["pictures"])
+    assert all(
+        list(picture) == ["text"] and len(picture["text"]) <= gallery.TEXT_LIMIT + 1
+        for picture in data["pictures"]
+    )
     assert data["pictures"][0]["text"].startswith("질문 0: what does it say of <script>")
 
 
 def test_the_curves_are_those_of_the_log(monkeypatch, tmp_path):
-    lines = [{"step": 0, "config": {}}, {"step": 0, "eval/loss": 2.0, "rerank/Recall@1": 0.1, "rerank/Recall@4": 0.2}]
-    lines += [{"step": 5, "train/loss": 1.5}, {"step": 9, "train/loss": None, "eval/loss": 1.0, "rerank/Recall@1": 0.3}]
+    lines = [
+        {"step": 0, "config": {}},
+        {"step": 0, "eval/loss": 2.0, "rerank/Recall@1": 0.1, "rerank/Recall@4": 0.2},
+    ]
+    lines += [
+        {"step": 5, "train/loss": 1.5},
+        {"step": 9, "train/loss": None, "eval/loss": 1.0, "rerank/Recall@1": 0.3},
+    ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     figures, savefig = [], Figure.savefig
 
@@ -240,9 +304,15 @@ def test_the_curves_are_those_of_the_log(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Figure, "savefig", kept)
     gallery.draw_curves(tmp_path / "curves.png", tmp_path / "log.jsonl")
-    drawn = [{line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.lines} for axes in figures[0].axes]
+    drawn = [
+        {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.lines}
+        for axes in figures[0].axes
+    ]
     assert drawn == [
-        {name: {step: value for step, value in column(lines, name).items() if value is not None} for name in names}
+        {
+            name: {step: value for step, value in column(lines, name).items() if value is not None}
+            for name in names
+        }
         for names in (("train/loss", "eval/loss"), ("rerank/Recall@1",))
     ]
     assert Image.open(tmp_path / "curves.png").size == (1100, 420)
@@ -257,4 +327,7 @@ def test_tensorboard_gets_the_picture(tmp_path):
         log_picture(accelerator, "rerank/contact_sheet", tmp_path / "picture.png", step)
     accelerator.end_training()
     logged = events.EventAccumulator(str(tmp_path / "run")).Reload().Images("rerank/contact_sheet")
-    assert [(image.step, image.width, image.height) for image in logged] == [(0, 50, 30), (500, 550, 30)]
+    assert [(image.step, image.width, image.height) for image in logged] == [
+        (0, 50, 30),
+        (500, 550, 30),
+    ]

@@ -6,7 +6,15 @@ from argparse import Namespace
 
 import pytest
 import yaml
-from conftest import REPOSITORY, SIDE_BY_SIDE, launch, launch_environment, read_log, refused, write_data
+from conftest import (
+    REPOSITORY,
+    SIDE_BY_SIDE,
+    launch,
+    launch_environment,
+    read_log,
+    refused,
+    write_data,
+)
 
 from data import UserError
 from launch import check_shared
@@ -23,7 +31,9 @@ def data(tmp_path_factory):
 def test_each_config_says_when_and_how(path):
     comment = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))[0]
     assert f"accelerate launch --config_file accelerate_config/{path.name} " in comment
-    assert path.stem in ("cpu", "cpu_2_processes", "single_gpu") or ("Memory of" in comment and "Traffic of" in comment)
+    assert path.stem in ("cpu", "cpu_2_processes", "single_gpu") or (
+        "Memory of" in comment and "Traffic of" in comment
+    )
 
 
 @pytest.mark.slow
@@ -31,18 +41,30 @@ def test_each_config_says_when_and_how(path):
     ("config", "environment", "message"),
     [
         (None, {}, "several processes were asked for and one was started"),
-        ("fsdp2", {}, "the launch asks for FSDP, and accelerate made MULTI_CPU of it; it runs FSDP on GPUs only"),
-        ("zero1", {"ACCELERATE_USE_CPU": "true"}, "the launch asks for DEEPSPEED, and accelerate made MULTI_CPU of it"),
+        (
+            "fsdp2",
+            {},
+            "the launch asks for FSDP, and accelerate made MULTI_CPU of it; it runs FSDP on GPUs only",
+        ),
+        (
+            "zero1",
+            {"ACCELERATE_USE_CPU": "true"},
+            "the launch asks for DEEPSPEED, and accelerate made MULTI_CPU of it",
+        ),
     ],
 )
 def test_no_silent_fall_back(config, environment, message, tmp_path):
     options = {"config": config, "processes": 2, "mixed_precision": "no"}
-    assert message in refused("train.py", "--output_dir", tmp_path / "output", **options, **environment)
+    assert message in refused(
+        "train.py", "--output_dir", tmp_path / "output", **options, **environment
+    )
     assert not (tmp_path / "output").exists()
 
 
 def test_machines_that_do_not_share_a_disk(tmp_path):
-    main, other = (Namespace(is_main_process=main, wait_for_everyone=lambda: None) for main in (True, False))
+    main, other = (
+        Namespace(is_main_process=main, wait_for_everyone=lambda: None) for main in (True, False)
+    )
     check_shared(main, tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="name a shared disk"):
@@ -52,23 +74,40 @@ def test_machines_that_do_not_share_a_disk(tmp_path):
 @pytest.mark.slow
 @pytest.mark.long
 def test_fp16_needs_a_gpu(tmp_path):
-    assert "fp16 needs a GPU" in refused("train.py", "--output_dir", tmp_path / "output", mixed_precision="fp16", config=None)
+    assert "fp16 needs a GPU" in refused(
+        "train.py", "--output_dir", tmp_path / "output", mixed_precision="fp16", config=None
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_deepspeed_is_told_one_thing_only(tmp_path):
     config = (REPOSITORY / "accelerate_config" / "zero1.yaml").read_text(encoding="utf-8")
-    (tmp_path / "zero1.yaml").write_text(config.replace("zero_stage: 1", "zero_stage: 1\n  gradient_clipping: 0.5"))
-    assert yaml.safe_load((tmp_path / "zero1.yaml").read_text())["deepspeed_config"]["gradient_clipping"] == 0.5
-    message = refused("train.py", "--output_dir", tmp_path / "output", config=tmp_path / "zero1.yaml", mixed_precision="no")
+    (tmp_path / "zero1.yaml").write_text(
+        config.replace("zero_stage: 1", "zero_stage: 1\n  gradient_clipping: 0.5")
+    )
+    assert (
+        yaml.safe_load((tmp_path / "zero1.yaml").read_text())["deepspeed_config"][
+            "gradient_clipping"
+        ]
+        == 0.5
+    )
+    message = refused(
+        "train.py",
+        "--output_dir",
+        tmp_path / "output",
+        config=tmp_path / "zero1.yaml",
+        mixed_precision="no",
+    )
     assert "the DeepSpeed config has gradient_clipping 0.5, the command 1.0" in message
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_evaluate_is_not_for_deepspeed(tmp_path):
-    (tmp_path / "training_config.json").write_text('{"mixed_precision": "no", "per_device_eval_batch_size": 1}')
+    (tmp_path / "training_config.json").write_text(
+        '{"mixed_precision": "no", "per_device_eval_batch_size": 1}'
+    )
     message = refused("evaluate.py", "--model_dir", tmp_path, config="zero2", mixed_precision="no")
     assert "to evaluate launch with cpu, single_gpu or multi_gpu.yaml" in message
 
@@ -86,8 +125,16 @@ def test_bf16(data, tmp_path, tiny_model):
     )
     first, lines = read_log(tmp_path / "output")
     assert first["mixed_precision"] == "bf16" and lines[-1]["step"] == 2
-    scores = re.findall(r'"\[([^"]*)\]"', (tmp_path / "output" / "metric.csv").read_text(encoding="utf-8").replace('""', "'"))
-    digits = [value for cell in scores for value in cell.split(", ") if re.fullmatch(r"-?0\.\d{7,}", value)]
+    scores = re.findall(
+        r'"\[([^"]*)\]"',
+        (tmp_path / "output" / "metric.csv").read_text(encoding="utf-8").replace('""', "'"),
+    )
+    digits = [
+        value
+        for cell in scores
+        for value in cell.split(", ")
+        if re.fullmatch(r"-?0\.\d{7,}", value)
+    ]
     assert len(digits) > 100  # bfloat16 has three
 
 
@@ -102,8 +149,22 @@ def test_the_slurm_script(data, tmp_path, tiny_model):
         (tmp_path / name).chmod(0o755)
     environment = launch_environment() | SIDE_BY_SIDE
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
-    environment |= {"SLURM_JOB_NODELIST": "two", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "4321"}
-    options = ["--data_dir", data, "--output_dir", tmp_path / "output", "--max_steps", 2, "--per_device_batch_size", 8]
+    environment |= {
+        "SLURM_JOB_NODELIST": "two",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_JOB_ID": "4321",
+    }
+    options = [
+        "--data_dir",
+        data,
+        "--output_dir",
+        tmp_path / "output",
+        "--max_steps",
+        2,
+        "--per_device_batch_size",
+        8,
+    ]
     options += ["--model_name_or_path", tiny_model]
     done = subprocess.run(
         ["bash", "accelerate_config/slurm.sbatch", *map(str, options)],

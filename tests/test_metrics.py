@@ -42,7 +42,9 @@ def random_rows(random, ties, longest=130):
     for _ in range(random.integers(1, 40)):
         size = random.integers(1, longest)
         # A few values only: many ties; -10 among them, which is a score like any other.
-        values = random.choice([-10.0, -1.5, 0.0, 0.25, 3.0], size) if ties else random.normal(size=size)
+        values = (
+            random.choice([-10.0, -1.5, 0.0, 0.25, 3.0], size) if ties else random.normal(size=size)
+        )
         rows.append((values.astype(np.float16).tolist(), int(random.integers(-1, size))))
     return rows
 
@@ -72,17 +74,26 @@ def test_another_library():
     """trec_eval, where its rules and ours agree: no ties, every query with its relevant candidate among the candidates."""
     random = np.random.default_rng(2)
     rows = [
-        (random.permutation(size).astype(float).tolist(), int(random.integers(size))) for size in random.integers(1, 150, 200)
+        (random.permutation(size).astype(float).tolist(), int(random.integers(size)))
+        for size in random.integers(1, 150, 200)
     ]
     qrels = {f"q{q}": {f"c{label}": 1} for q, (_, label) in enumerate(rows)}
     ours = metrics_of(rows)
     for k in TOP_K:
         best = [sorted(enumerate(scores), key=lambda item: -item[1])[:k] for scores, _ in rows]
         run = {f"q{q}": {f"c{c}": score for c, score in items} for q, items in enumerate(best)}
-        measured = pytrec_eval.RelevanceEvaluator(qrels, {f"recall.{k}", "recip_rank"}).evaluate(run).values()
+        measured = (
+            pytrec_eval.RelevanceEvaluator(qrels, {f"recall.{k}", "recip_rank"})
+            .evaluate(run)
+            .values()
+        )
         assert len(measured) == len(rows)
-        assert ours[f"Recall@{k}"] == pytest.approx(np.mean([values[f"recall_{k}"] for values in measured]), abs=1e-12)
-        assert ours[f"MRR@{k}"] == pytest.approx(np.mean([values["recip_rank"] for values in measured]), abs=1e-12)
+        assert ours[f"Recall@{k}"] == pytest.approx(
+            np.mean([values[f"recall_{k}"] for values in measured]), abs=1e-12
+        )
+        assert ours[f"MRR@{k}"] == pytest.approx(
+            np.mean([values["recip_rank"] for values in measured]), abs=1e-12
+        )
 
 
 def test_constant_model_is_the_worst():
@@ -99,7 +110,9 @@ def test_order_and_padding_change_nothing():
     shuffled = []
     for scores, label in rows:
         order = random.permutation(len(scores))
-        shuffled.append(([scores[i] for i in order], -1 if label < 0 else order.tolist().index(label)))
+        shuffled.append(
+            ([scores[i] for i in order], -1 if label < 0 else order.tolist().index(label))
+        )
     assert metrics_of(shuffled) == metrics_of(rows) == metrics_of(rows, extra=7)
 
 

@@ -23,9 +23,27 @@ BACKBONES = {
     "clip_vision_model": TINY,
     "siglip_vision_model": TINY,
     "dinov2": TINY | {"mlp_ratio": 2},
-    "swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "image_size": 32, "patch_size": 2, "window_size": 4},
-    "hiera": {"image_size": [32, 32], "patch_stride": [4, 4], "depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16}
-    | {"query_stride": [2, 2], "num_query_pool": 1, "masked_unit_size": [4, 4], "masked_unit_attention": [True, False]},
+    "swin": {
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "image_size": 32,
+        "patch_size": 2,
+        "window_size": 4,
+    },
+    "hiera": {
+        "image_size": [32, 32],
+        "patch_stride": [4, 4],
+        "depths": [1, 1],
+        "num_heads": [1, 2],
+        "embed_dim": 16,
+    }
+    | {
+        "query_stride": [2, 2],
+        "num_query_pool": 1,
+        "masked_unit_size": [4, 4],
+        "masked_unit_attention": [True, False],
+    },
     "resnet": {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16},
 }
 
@@ -37,23 +55,32 @@ def batch(config, rows=3, width=4):
     return {
         "pages": torch.randint(0, 256, page, dtype=torch.uint8, generator=random),
         "candidates": torch.randint(0, 256, element, dtype=torch.uint8, generator=random),
-        "candidate_mask": torch.tensor([[True] * width, [True] * width, [True] * (width - 2) + [False] * 2]),
+        "candidate_mask": torch.tensor(
+            [[True] * width, [True] * width, [True] * (width - 2) + [False] * 2]
+        ),
         "labels": torch.zeros(rows, dtype=torch.int64),
     }
 
 
 def test_round_trip_is_bit_exact(tmp_path):
     torch.manual_seed(0)
-    model = DualEncoder(DualEncoderConfig(image_mean=[0.1, 0.2, 0.3], image_std=[0.9, 0.8, 0.7], page_size=48)).eval()
+    model = DualEncoder(
+        DualEncoderConfig(image_mean=[0.1, 0.2, 0.3], image_std=[0.9, 0.8, 0.7], page_size=48)
+    ).eval()
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path).eval()
     assert loaded.config.image_mean == [0.1, 0.2, 0.3] and loaded.config.page_size == 48
     assert loaded.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items()
+    )
     inputs = batch(model.config)
     for one, other in (
         (model(**inputs), loaded(**inputs)),
-        (model(images=inputs["pages"]), AutoModel.from_pretrained(tmp_path).eval()(images=inputs["pages"])),
+        (
+            model(images=inputs["pages"]),
+            AutoModel.from_pretrained(tmp_path).eval()(images=inputs["pages"]),
+        ),
     ):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -62,26 +89,45 @@ def test_round_trip_is_bit_exact(tmp_path):
 def test_any_vision_backbone(tmp_path, kind):
     """From a local folder as from the hub; every weight gets a gradient, or DDP would stop at the first step."""
     torch.manual_seed(0)
-    AutoModel.from_config(AutoConfig.for_model(kind, **BACKBONES[kind])).save_pretrained(tmp_path / "backbone")
+    AutoModel.from_config(AutoConfig.for_model(kind, **BACKBONES[kind])).save_pretrained(
+        tmp_path / "backbone"
+    )
     (tmp_path / "backbone" / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]})
     )
     model = load_model(tmp_path / "backbone")
-    assert model.config.image_mean == [0.4, 0.5, 0.6] and model.config.page_size == (224 if kind == "resnet" else 32)
+    assert model.config.image_mean == [0.4, 0.5, 0.6] and model.config.page_size == (
+        224 if kind == "resnet" else 32
+    )
     model(**batch(model.config))["losses"].sum().backward()
-    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None and "mask_token" not in name]
+    assert not [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None and "mask_token" not in name
+    ]
     model.eval().save_pretrained(tmp_path / "saved")
     images = batch(model.config)["pages"]
-    assert torch.equal(load_model(tmp_path / "saved").eval()(images=images)["outputs"], model(images=images)["outputs"])
+    assert torch.equal(
+        load_model(tmp_path / "saved").eval()(images=images)["outputs"],
+        model(images=images)["outputs"],
+    )
 
 
 def test_the_image_half_of_clip(tmp_path):
-    text = {name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
-    clip = AutoModel.from_config(AutoConfig.for_model("clip", vision_config=TINY, text_config=text | {"vocab_size": 99}))
+    text = {
+        name: TINY[name]
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    }
+    clip = AutoModel.from_config(
+        AutoConfig.for_model("clip", vision_config=TINY, text_config=text | {"vocab_size": 99})
+    )
     clip.save_pretrained(tmp_path)
     backbone = load_model(tmp_path).backbone
     theirs = clip.vision_model.state_dict()
-    assert all(torch.equal(value, theirs[name.removeprefix("vision_model.")]) for name, value in backbone.state_dict().items())
+    assert all(
+        torch.equal(value, theirs[name.removeprefix("vision_model.")])
+        for name, value in backbone.state_dict().items()
+    )
 
 
 def test_scores_and_losses_are_what_the_definition_says():
@@ -118,7 +164,10 @@ def test_an_embedding_does_not_depend_on_its_batch():
     model = DualEncoder(DualEncoderConfig()).eval()
     images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        assert torch.equal(model(images=images)["outputs"][5:], model(images=images.roll(3, 0))["outputs"].roll(-3, 0)[5:])
+        assert torch.equal(
+            model(images=images)["outputs"][5:],
+            model(images=images.roll(3, 0))["outputs"].roll(-3, 0)[5:],
+        )
 
 
 def test_rerank_scores_by_brute_force():
@@ -129,13 +178,19 @@ def test_rerank_scores_by_brute_force():
     for row in range(2000):
         candidates[row, 1 + row % 60 :] = -1
     scores = rerank_scores(outputs, queries, candidates)
-    expected = torch.einsum("nd,ncd->nc", outputs[queries], outputs[candidates]).masked_fill(candidates < 0, -math.inf)
+    expected = torch.einsum("nd,ncd->nc", outputs[queries], outputs[candidates]).masked_fill(
+        candidates < 0, -math.inf
+    )
     assert scores.dtype == torch.float32 and scores.allclose(expected, atol=1e-6)
 
 
 def test_hub_names_go_to_the_hub(monkeypatch):
     asked = []
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **options: asked.append(name) or DualEncoderConfig())
+    monkeypatch.setattr(
+        AutoConfig,
+        "from_pretrained",
+        lambda name, **options: asked.append(name) or DualEncoderConfig(),
+    )
     monkeypatch.setattr(DualEncoder, "from_pretrained", lambda name, **options: asked.append(name))
     load_model("someone/some-model")
     assert asked == ["someone/some-model"] * 2

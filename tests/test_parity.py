@@ -31,7 +31,18 @@ ROWS = {"train": 149, "eval": 21, "test_vocabulary": 19}
 GLOBAL_BATCH, UPDATES = 12, 30  # 149 rows: 13 updates an epoch, the last one with 5 rows
 # Clipping is at work in some updates and not in others (the norm goes from 2 to 9), and 1.0, which DeepSpeed takes when it is
 # told nothing, would be noticed.
-OPTIONS = ["--max_steps", UPDATES, "--log_every", 1, "--eval_every", 0, "--learning_rate", 3e-5, "--max_grad_norm", 5]
+OPTIONS = [
+    "--max_steps",
+    UPDATES,
+    "--log_every",
+    1,
+    "--eval_every",
+    0,
+    "--learning_rate",
+    3e-5,
+    "--max_grad_norm",
+    5,
+]
 OPTIONS += ["--per_device_eval_batch_size", 16]
 
 WAYS = {  # name in the README's table -> (config, what the log calls the strategy, processes, accumulation)
@@ -49,8 +60,15 @@ WAYS = {  # name in the README's table -> (config, what the log calls the strate
     "FSDP2 × 2": ("fsdp2", "FSDP", 2, 1),
 }
 pytestmark = pytest.mark.slow
-SHORT = ("1 process", "DDP × 2", "ZeRO-3, 2 machines × 1, accumulation 2", "FSDP2 × 2")  # the others with --all
-EACH_WAY = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in WAYS])
+SHORT = (
+    "1 process",
+    "DDP × 2",
+    "ZeRO-3, 2 machines × 1, accumulation 2",
+    "FSDP2 × 2",
+)  # the others with --all
+EACH_WAY = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in WAYS]
+)
 # What may differ from one process, at most. loss, learning_rate: relative, of any update; weights: the distance between the two
 # ends as a share of the way from the beginning; the others count what is not equal to the bit, or not there exactly once.
 BOUNDS = {"loss": 1e-5, "learning_rate": 0, "weights": 0.01}
@@ -78,8 +96,18 @@ class Runs(dict):
         folder.mkdir()
         batch = GLOBAL_BATCH // processes // accumulation
         arguments = ["--data_dir", self.data, "--output_dir", folder / "output", *OPTIONS]
-        arguments += ["--per_device_batch_size", batch, "--gradient_accumulation_steps", accumulation]
-        options = {"config": config, "processes": processes, "mixed_precision": "no", "RECORD": str(folder)}
+        arguments += [
+            "--per_device_batch_size",
+            batch,
+            "--gradient_accumulation_steps",
+            accumulation,
+        ]
+        options = {
+            "config": config,
+            "processes": processes,
+            "mixed_precision": "no",
+            "RECORD": str(folder),
+        }
         if config == "fsdp2":
             options["FSDP2_ON_CPU"] = "1"
         if config.startswith("two_machines"):
@@ -103,7 +131,10 @@ def launch_two_machines(script, *arguments, **options):
     flags = ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
     with ThreadPoolExecutor() as pool:
         machines = [
-            pool.submit(launch, script, *arguments, launch_flags=["--machine_rank", rank, *flags], **options) for rank in (0, 1)
+            pool.submit(
+                launch, script, *arguments, launch_flags=["--machine_rank", rank, *flags], **options
+            )
+            for rank in (0, 1)
         ]
     return [machine.result() for machine in machines]
 
@@ -112,7 +143,9 @@ def read_run(folder, processes):
     records = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
     first, lines = read_log(folder / "output")
     (last,) = (folder / "output" / "checkpoints").iterdir()
-    return Namespace(folder=folder, first=first, lines=lines, records=records, model_dir=last, differences=None)
+    return Namespace(
+        folder=folder, first=first, lines=lines, records=records, model_dir=last, differences=None
+    )
 
 
 def differences(run, one, data):
@@ -124,14 +157,18 @@ def differences(run, one, data):
 
 def measure(run, one, data):
     weights, end = (load_file(each.model_dir / "model.safetensors") for each in (run, one))
-    same_weights = {name: value for name, value in one.lines[0].items() if name.startswith(("eval/", "rerank/"))}
+    same_weights = {
+        name: value for name, value in one.lines[0].items() if name.startswith(("eval/", "rerank/"))
+    }
     assert "rerank/MRR@100" in same_weights and one.lines[0]["step"] == 0
     return {
         "loss": largest_difference(run, one, "train/loss"),
         "learning_rate": largest_difference(run, one, "train/learning_rate"),
         "weights": distance(weights, end) / distance(initial_weights(), end),
         "metrics": sum(run.lines[0].get(name) != value for name, value in same_weights.items()),
-        "metric_csv": int((run.folder / "metric_0.csv").read_bytes() != (one.folder / "metric_0.csv").read_bytes()),
+        "metric_csv": int(
+            (run.folder / "metric_0.csv").read_bytes() != (one.folder / "metric_0.csv").read_bytes()
+        ),
         "rows": rows_not_trained_once(run) + (stream(run) != stream(one)),
         "inputs": inputs_not_encoded_once(run, data),
         "reevaluated": numbers_that_one_process_does_not_give_again(run),
@@ -145,7 +182,11 @@ def largest_difference(run, one, name):
 
 def distance(weights, others):
     assert weights.keys() == others.keys()
-    return torch.cat([(weights[name].double() - others[name]).flatten() for name in weights]).norm().item()
+    return (
+        torch.cat([(weights[name].double() - others[name]).flatten() for name in weights])
+        .norm()
+        .item()
+    )
 
 
 def initial_weights():
@@ -163,7 +204,9 @@ def rows_not_trained_once(run):
     """How many rows were not seen exactly once in each whole epoch."""
     epoch = math.ceil(ROWS["train"] / GLOBAL_BATCH) * GLOBAL_BATCH
     rows = stream(run)
-    epochs = [Counter(rows[start : start + epoch]) for start in range(0, len(rows) - epoch + 1, epoch)]
+    epochs = [
+        Counter(rows[start : start + epoch]) for start in range(0, len(rows) - epoch + 1, epoch)
+    ]
     assert epochs
     return sum(seen[row] != 1 for seen in epochs for row in range(ROWS["train"]))
 
@@ -172,8 +215,16 @@ def inputs_not_encoded_once(run, data):
     """Of the two evaluations of a run, each over the rows of eval.csv and the distinct images of test_vocabulary.csv."""
     config = Namespace(**run.first["config"] | {"data_dir": data})
     rerank = read_datasets(config, train.load_model(None), ("eval", "test_vocabulary"))[1]
-    times = Counter(index for record in run.records for batch in record["predicted"] for index in batch if index >= 0)
-    return sum(times[index] != 2 * (1 + (index < ROWS["eval"])) for index in range(len(rerank))) + (len(times) != len(rerank))
+    times = Counter(
+        index
+        for record in run.records
+        for batch in record["predicted"]
+        for index in batch
+        if index >= 0
+    )
+    return sum(times[index] != 2 * (1 + (index < ROWS["eval"])) for index in range(len(rerank))) + (
+        len(times) != len(rerank)
+    )
 
 
 def numbers_that_one_process_does_not_give_again(run):
@@ -185,7 +236,9 @@ def numbers_that_one_process_does_not_give_again(run):
     accelerator = evaluate.make_accelerator()
     values = evaluate.evaluate(accelerator, model, shared, metrics.compute_metrics, config)
     values |= evaluate._rerank_evaluate(accelerator, model, rerank, metrics.compute_metrics, config)
-    again, left = ((folder / "metric.csv").read_bytes() for folder in (run.folder, run.folder / "output"))
+    again, left = (
+        (folder / "metric.csv").read_bytes() for folder in (run.folder, run.folder / "output")
+    )
     return sum(run.lines[-1].get(name) != value for name, value in values.items()) + (again != left)
 
 
@@ -215,7 +268,10 @@ def test_the_readme_has_the_table(runs, data, pytestconfig):
     found = {name: differences(runs[name], one, data) for name in WAYS}
     path = REPOSITORY / "README.md"
     before, table, after = re.split(
-        r"(?<=<!-- parity -->\n)(.*?)(?=\n\n)", path.read_text(encoding="utf-8"), maxsplit=1, flags=re.DOTALL
+        r"(?<=<!-- parity -->\n)(.*?)(?=\n\n)",
+        path.read_text(encoding="utf-8"),
+        maxsplit=1,
+        flags=re.DOTALL,
     )
     measured = parity_table(found)
     if pytestconfig.getoption("--write-table"):
@@ -237,8 +293,16 @@ def parity_table(found):
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, run in found.items():
-        figures = [f"{value:.1e}" if value else "0" for value in (run["loss"], run["learning_rate"], run["weights"])]
-        counts = [equal(run["metrics"] + run["metric_csv"]), once(run["rows"]), once(run["inputs"]), equal(run["reevaluated"])]
+        figures = [
+            f"{value:.1e}" if value else "0"
+            for value in (run["loss"], run["learning_rate"], run["weights"])
+        ]
+        counts = [
+            equal(run["metrics"] + run["metric_csv"]),
+            once(run["rows"]),
+            once(run["inputs"]),
+            equal(run["reevaluated"]),
+        ]
         lines.append(f"| {' | '.join([name, *figures, *counts])} |")
     return "\n".join(lines)
 
@@ -246,21 +310,32 @@ def parity_table(found):
 # ---- transformers.Trainer itself
 
 
-@pytest.fixture(scope="module", params=["1 process", pytest.param("DDP × 2", marks=pytest.mark.long)])
+@pytest.fixture(
+    scope="module", params=["1 process", pytest.param("DDP × 2", marks=pytest.mark.long)]
+)
 def with_trainer(request, runs, data, tmp_path_factory):
     """(our run, the one of tests/trainer_reference.py), launched with the same flags."""
     config, _, processes, accumulation = WAYS[request.param]
     folder = tmp_path_factory.mktemp("trainer")
     batch = GLOBAL_BATCH // processes // accumulation
     launch(
-        *("tests/trainer_reference.py", "--data_dir", data, "--output_dir", folder / "output", *OPTIONS),
+        *(
+            "tests/trainer_reference.py",
+            "--data_dir",
+            data,
+            "--output_dir",
+            folder / "output",
+            *OPTIONS,
+        ),
         *("--per_device_batch_size", batch, "--gradient_accumulation_steps", accumulation),
         config=config,
         processes=processes,
         RECORD=str(folder),
     )
     records = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
-    lines = [json.loads(line) for line in (folder / "output" / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "output" / "log.jsonl").read_text().splitlines()
+    ]
     trainer = Namespace(records=records, lines=lines, model_dir=folder / "output" / "model")
     return runs[request.param], trainer
 
@@ -268,10 +343,14 @@ def with_trainer(request, runs, data, tmp_path_factory):
 def test_trainer_trains_to_the_same_bits(with_trainer):
     ours, trainer = with_trainer
     for name in ("trained", "losses"):  # of each row of each micro-batch
-        assert [record[name] for record in ours.records] == [record[name] for record in trainer.records]
+        assert [record[name] for record in ours.records] == [
+            record[name] for record in trainer.records
+        ]
     for name in ("train/learning_rate", "train/grad_norm"):
         assert column(ours.lines, name) == column(trainer.lines, name) != {}
-    assert distance(*(load_file(run.model_dir / "model.safetensors") for run in (ours, trainer))) == 0
+    assert (
+        distance(*(load_file(run.model_dir / "model.safetensors") for run in (ours, trainer))) == 0
+    )
     # Trainer logs the mean in float32, of means of micro-batches; ours is of the same rows, in float64.
     assert largest_difference(ours, trainer, "train/loss") < 1e-6
 
@@ -281,7 +360,11 @@ def test_trainer_evaluates_to_the_same_metrics(with_trainer):
     for step in (0, UPDATES):
         for prefix in ("eval", "rerank"):
             (theirs,) = [line for line in trainer.lines if line["step"] == step]
-            values = {name: theirs[name] for name in ours.lines[step] if re.match(rf"{prefix}/(Recall|MRR)@", name)}
+            values = {
+                name: theirs[name]
+                for name in ours.lines[step]
+                if re.match(rf"{prefix}/(Recall|MRR)@", name)
+            }
             assert len(values) == 14 and values.items() <= ours.lines[step].items()
     if len(trainer.records) == 1:
         # On several processes Trainer's own eval/loss is wrong: it takes in the rows that fill the last batch.
@@ -306,11 +389,23 @@ def faulty_runs(data, tmp_path_factory):
     """{fault: its run on two processes}, "none" among them, and "one process", without a fault."""
     folder = tmp_path_factory.mktemp("faults")
     arguments = ["--data_dir", data, *OPTIONS]
-    arguments += ["--max_steps", 15, "--num_negatives", 1]  # an epoch, its last batch with 5 rows, and 2 updates more
+    arguments += [
+        "--max_steps",
+        15,
+        "--num_negatives",
+        1,
+    ]  # an epoch, its last batch with 5 rows, and 2 updates more
     for name, config, processes in (("one", "cpu", 1), ("two", "cpu_2_processes", 2)):
         faults = ["none", *FAULTS] if name == "two" else ["none"]
         batch = ["--per_device_batch_size", GLOBAL_BATCH // processes]
-        launch("tests/faulty_run.py", *arguments, *batch, config=config, FAULTS=json.dumps(faults), FOLDER=str(folder / name))
+        launch(
+            "tests/faulty_run.py",
+            *arguments,
+            *batch,
+            config=config,
+            FAULTS=json.dumps(faults),
+            FOLDER=str(folder / name),
+        )
     two = {fault: read_run(folder / "two" / fault, 2) for fault in ["none", *FAULTS]}
     return two | {"one process": read_run(folder / "one" / "none", 1)}
 

@@ -30,7 +30,9 @@ def rows(built):
 
 def digest(folder):
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return hashlib.sha256(b"".join(str(path.relative_to(folder)).encode() + path.read_bytes() for path in files)).hexdigest()
+    return hashlib.sha256(
+        b"".join(str(path.relative_to(folder)).encode() + path.read_bytes() for path in files)
+    ).hexdigest()
 
 
 @pytest.mark.slow
@@ -62,10 +64,16 @@ def test_a_folder_is_never_overwritten(built):
 def test_words_and_elements_of_the_test_are_in_no_other_split(rows):
     usable = {split: [row for row in rows[split] if 0 < len(row["keys"]) < 400] for split in SPLITS}
     assert {split: len(of_split) for split, of_split in usable.items()} == sample_data.PAGES
-    for one, other in (("train", "eval"), ("train", "test_vocabulary"), ("eval", "test_vocabulary")):
+    for one, other in (
+        ("train", "eval"),
+        ("train", "test_vocabulary"),
+        ("eval", "test_vocabulary"),
+    ):
         for name in ("search_word", "resourceKey", "x_image_path"):
             assert not {row[name] for row in rows[one]} & {row[name] for row in rows[other]}
-        assert not {key for row in rows[one] for key in row["keys"]} & {key for row in rows[other] for key in row["keys"]}
+        assert not {key for row in rows[one] for key in row["keys"]} & {
+            key for row in rows[other] for key in row["keys"]
+        }
 
 
 @pytest.mark.slow
@@ -73,7 +81,9 @@ def test_one_candidate_has_the_style_of_the_page_and_the_word(rows):
     for row in rows["test_vocabulary"]:
         style = row["resourceKey"].split("_")[0]
         if row["keys"]:
-            assert [key for key in row["keys"] if key.split("_")[0] == style] == [row["resourceKey"]]
+            assert [key for key in row["keys"] if key.split("_")[0] == style] == [
+                row["resourceKey"]
+            ]
         if 0 < len(row["keys"]) < 400:
             assert all(row["search_word"] in key.split("_")[1].split("-") for key in row["keys"])
 
@@ -91,5 +101,8 @@ def test_images(built, rows):
     assert modes == {"L", "LA"}  # half of them are transparent
     for row in rows["eval"][:50]:
         page = Image.open(built / "images" / f"{row['x_image_path']}.png").convert("L")
-        assert page.crop(ast.literal_eval(row["y_info"])).getextrema() == (255, 255)  # the removed element is gone
+        assert page.crop(ast.literal_eval(row["y_info"])).getextrema() == (
+            255,
+            255,
+        )  # the removed element is gone
         assert list(page.size) == ast.literal_eval(row["x_info"]) and page.getextrema()[0] < 100

@@ -36,23 +36,42 @@ from train import learning_rate_at, parameter_groups, read_config
 
 def main():
     config = read_config(sys.argv[1:])
-    set_seed(config.seed)  # Trainer seeds only when it is built, and by then the model has its weights
+    set_seed(
+        config.seed
+    )  # Trainer seeds only when it is built, and by then the model has its weights
     model = load_model(config.model_name_or_path)
-    train_dataset, eval_dataset, rerank_dataset = read_datasets(config, model, ("train", "eval", "test_vocabulary"))
+    train_dataset, eval_dataset, rerank_dataset = read_datasets(
+        config, model, ("train", "eval", "test_vocabulary")
+    )
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    global_batch_size = config.per_device_batch_size * processes * config.gradient_accumulation_steps
-    num_updates = config.max_steps or config.num_epochs * updates_per_epoch(len(train_dataset), global_batch_size)
+    global_batch_size = (
+        config.per_device_batch_size * processes * config.gradient_accumulation_steps
+    )
+    num_updates = config.max_steps or config.num_epochs * updates_per_epoch(
+        len(train_dataset), global_batch_size
+    )
     trainer = make_trainer(config, model, train_dataset, eval_dataset, rerank_dataset, num_updates)
     trainer.train()
     trainer.save_model(f"{config.output_dir}/model")
     if trainer.is_world_process_zero():
         write_log(Path(config.output_dir) / "log.jsonl", trainer.state.log_history)
     if "RECORD" in os.environ:
-        Path(os.environ["RECORD"], f"{trainer.args.process_index}.json").write_text(json.dumps(trainer.record))
+        Path(os.environ["RECORD"], f"{trainer.args.process_index}.json").write_text(
+            json.dumps(trainer.record)
+        )
     finish(trainer.accelerator)
 
 
-def make_trainer(config, model, train_dataset, eval_dataset, rerank_dataset, num_updates, data_collator=whole, **options):
+def make_trainer(
+    config,
+    model,
+    train_dataset,
+    eval_dataset,
+    rerank_dataset,
+    num_updates,
+    data_collator=whole,
+    **options,
+):
     """options: of RerankTrainer, and of Trainer."""
     trainer = RerankTrainer(
         rerank_dataset,
@@ -95,9 +114,13 @@ def training_arguments(config, num_updates):
 
 
 def optimizer_and_scheduler(config, model, num_updates):
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=1.0, eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), lr=1.0, eps=1e-6, fused=True
+    )
     # Trainer steps this scheduler itself, once an update. One that went through accelerate would step once for each process.
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(step, num_updates, config))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_at(step, num_updates, config)
+    )
 
 
 class RerankTrainer(Trainer):
@@ -110,11 +133,15 @@ class RerankTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         # The whole run in one: Trainer divides its length by the global batch, finds max_steps, and counts a single epoch.
         global_batch_size = self.get_total_train_batch_size(self.args)
-        return TrainSampler(len(self.train_dataset), global_batch_size, self.args.max_steps, self.args.seed)
+        return TrainSampler(
+            len(self.train_dataset), global_batch_size, self.args.max_steps, self.args.seed
+        )
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if self.state.global_step == 0:  # eval_on_start comes straight here, past _maybe_log_save_evaluate
+        if (
+            self.state.global_step == 0
+        ):  # eval_on_start comes straight here, past _maybe_log_save_evaluate
             self._rerank_evaluate()
         return metrics
 
@@ -136,13 +163,28 @@ class RerankTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _maybe_log_save_evaluate(
-        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
+        self,
+        tr_loss,
+        grad_norm,
+        model,
+        trial,
+        epoch,
+        ignore_keys_for_eval,
+        start_time,
+        learning_rate=None,
     ):
         # Private: over the versions it had five arguments, six, seven, eight. It runs after global_step was counted, and once
         # more after the epoch, with nothing due. What is due stands in `control`, where super() clears it: so it is read before.
         due = self.control.should_evaluate
         super()._maybe_log_save_evaluate(
-            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+            tr_loss,
+            grad_norm,
+            model,
+            trial,
+            epoch,
+            ignore_keys_for_eval,
+            start_time,
+            learning_rate=learning_rate,
         )
         if due:
             self._rerank_evaluate()
@@ -159,9 +201,16 @@ class RerankTrainer(Trainer):
 
     def get_rerank_eval_dataloader(self):
         # Not by _get_dataloader, since Trainer has one data_collator for everything.
-        options = {"num_workers": self.args.dataloader_num_workers, "pin_memory": self.args.dataloader_pin_memory}
-        dataloader = DataLoader(QueryDataset(self.rerank_dataset), batch_size=1, collate_fn=itemgetter(0), **options)
-        return self.accelerator.prepare(dataloader)  # deals out the queries; it keeps every DataLoader until the run ends
+        options = {
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+        }
+        dataloader = DataLoader(
+            QueryDataset(self.rerank_dataset), batch_size=1, collate_fn=itemgetter(0), **options
+        )
+        return self.accelerator.prepare(
+            dataloader
+        )  # deals out the queries; it keeps every DataLoader until the run ends
 
     def rerank_evaluation_loop(self, dataloader):
         self.model.eval()  # not set back, here as in evaluation_loop: training_step calls model.train() at every micro-batch
@@ -176,25 +225,39 @@ class RerankTrainer(Trainer):
                 page = self.model(images=batch["page"])["outputs"]  # (1, D)
                 if new:
                     outputs = self.model(images=batch["candidates"][new])["outputs"]  # (new, D)
-                    embeddings.update(zip([elements[column] for column in new], outputs, strict=True))
-            candidates = torch.stack([embeddings[element] for element in elements])  # (candidates of this query, D)
+                    embeddings.update(
+                        zip([elements[column] for column in new], outputs, strict=True)
+                    )
+            candidates = torch.stack(
+                [embeddings[element] for element in elements]
+            )  # (candidates of this query, D)
             scores = torch.full((1, width), -math.inf, device=page.device)  # (1, C)
             scores[0, : len(elements)] = (page * candidates).sum(1)
             # In the loop: only while it is at the last batch does it know which queries accelerate repeated, and drop them.
-            gathered.append(self.accelerator.gather_for_metrics((batch["index"], scores)))  # (W,), (W, C)
+            gathered.append(
+                self.accelerator.gather_for_metrics((batch["index"], scores))
+            )  # (W,), (W, C)
             if not self.cache:
                 embeddings.clear()
-        index, rows = (torch.cat(columns).cpu() for columns in zip(*gathered, strict=True))  # (N,), (N, C)
+        index, rows = (
+            torch.cat(columns).cpu() for columns in zip(*gathered, strict=True)
+        )  # (N,), (N, C)
         scores = torch.full_like(rows, math.nan)
         scores[index] = rows
-        return self.compute_metrics(EvalPrediction(predictions=scores.numpy(), label_ids=self.rerank_dataset.labels.numpy()))
+        return self.compute_metrics(
+            EvalPrediction(predictions=scores.numpy(), label_ids=self.rerank_dataset.labels.numpy())
+        )
 
 
 class QueryDataset(Dataset):
     """One query an item, its page and all its candidates, over the rows of a RerankDataset."""
 
     def __init__(self, rerank_dataset):
-        self.rows, self.pages, self.elements = rerank_dataset.rows, rerank_dataset.inputs.pages, rerank_dataset.inputs.elements
+        self.rows, self.pages, self.elements = (
+            rerank_dataset.rows,
+            rerank_dataset.inputs.pages,
+            rerank_dataset.inputs.elements,
+        )
 
     def __len__(self):
         return len(self.rows.candidates)
@@ -215,9 +278,24 @@ def write_log(path, log_history):
     lines = defaultdict(dict)
     for entry in log_history:
         line = lines[entry["step"]]
-        line.update({f"train/{name}": entry[name] for name in ("loss", "grad_norm", "learning_rate") if name in entry})
-        line.update({name.replace("_", "/", 1): entry[name] for name in entry if name.startswith(("eval_", "rerank_"))})
-    path.write_text("".join(json.dumps({"step": step, **line}) + "\n" for step, line in lines.items()), encoding="utf-8")
+        line.update(
+            {
+                f"train/{name}": entry[name]
+                for name in ("loss", "grad_norm", "learning_rate")
+                if name in entry
+            }
+        )
+        line.update(
+            {
+                name.replace("_", "/", 1): entry[name]
+                for name in entry
+                if name.startswith(("eval_", "rerank_"))
+            }
+        )
+    path.write_text(
+        "".join(json.dumps({"step": step, **line}) + "\n" for step, line in lines.items()),
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

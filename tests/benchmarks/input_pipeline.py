@@ -39,17 +39,25 @@ def main():
             data.CACHE_LIMIT = limit
             dataset = read_datasets(config, model, ["train"])[0]
             for workers in (0, 1, 2, 4):
-                alternatives[f"{kind}, {workers} workers"] = lambda dataset=dataset, workers=workers: deliver(
-                    dataset, workers, batches
+                alternatives[f"{kind}, {workers} workers"] = (
+                    lambda dataset=dataset, workers=workers: deliver(dataset, workers, batches)
                 )
         sample = next(iter(loader(dataset, 0, 1)))
-        alternatives["the model, training"] = lambda: train(copy.deepcopy(model), sample, max(2, batches // 12))
+        alternatives["the model, training"] = lambda: train(
+            copy.deepcopy(model), sample, max(2, batches // 12)
+        )
         seconds = measure.in_turn(alternatives, rounds)  # of a batch
         rows = [
-            [name, f"{IMAGES / sorted(took)[len(took) // 2]:,.0f}", f"{measure.ratio(seconds, 'the model, training', name):.1f}"]
+            [
+                name,
+                f"{IMAGES / sorted(took)[len(took) // 2]:,.0f}",
+                f"{measure.ratio(seconds, 'the model, training', name):.1f}",
+            ]
             for name, took in seconds.items()
         ]
-    measure.show_table("Input pipeline of the default run", ["", "images/s", "× what the model takes in"], rows)
+    measure.show_table(
+        "Input pipeline of the default run", ["", "images/s", "× what the model takes in"], rows
+    )
 
 
 def loader(dataset, workers, batches):

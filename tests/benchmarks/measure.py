@@ -19,8 +19,17 @@ import torch  # noqa: E402
 
 def arguments(description):
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
-    parser.add_argument("--small", action="store_true", help="little data and one round: to see that it works, not how fast")
-    parser.add_argument("--data_dir", type=Path, default=REPOSITORY / "default_data", help="built where it is absent")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="little data and one round: to see that it works, not how fast",
+    )
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=REPOSITORY / "default_data",
+        help="built where it is absent",
+    )
     return parser.parse_args()
 
 
@@ -32,11 +41,15 @@ def in_turn(alternatives, rounds, warm_up=1):
     seconds = {name: [] for name in alternatives}
     for number in range(-warm_up, rounds):
         names = list(alternatives)
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # each has each place in the order
+        for name in (
+            names[number % len(names) :] + names[: number % len(names)]
+        ):  # each has each place in the order
             began = time.perf_counter()
             took = alternatives[name]()
             if number >= 0:
-                seconds[name].append(took if isinstance(took, float) else time.perf_counter() - began)
+                seconds[name].append(
+                    took if isinstance(took, float) else time.perf_counter() - began
+                )
     return seconds
 
 
@@ -52,7 +65,9 @@ def peak_memory(run):
         return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else what earlier runs let go of is there to be used again, and not seen
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # else what earlier runs let go of is there to be used again, and not seen
     Path("/proc/self/clear_refs").write_text("5")  # sets the highest back to the present
     before = read("VmRSS")
     run()

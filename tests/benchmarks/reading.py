@@ -27,14 +27,25 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for cells in ("Python literals", "JSON"):
             for distinct in (num_rows // 100, num_rows):
-                data_dir = write(Path(folder) / f"{cells} {distinct}", num_rows, distinct, str if cells != "JSON" else json.dumps)
+                data_dir = write(
+                    Path(folder) / f"{cells} {distinct}",
+                    num_rows,
+                    distinct,
+                    str if cells != "JSON" else json.dumps,
+                )
                 for kind, split in (("training", "train"), ("rerank", "test_vocabulary")):
-                    config = Namespace(data_dir=data_dir, max_candidates=400, num_negatives=7, seed=0)
+                    config = Namespace(
+                        data_dir=data_dir, max_candidates=400, num_negatives=7, seed=0
+                    )
                     took = []
 
                     def read(config=config, split=split, took=took):
                         began = time.perf_counter()
-                        read_datasets(config, Namespace(config=Namespace(page_size=16, element_size=16)), [split])
+                        read_datasets(
+                            config,
+                            Namespace(config=Namespace(page_size=16, element_size=16)),
+                            [split],
+                        )
                         took.append(time.perf_counter() - began)
 
                     memory = measure.peak_memory(read)
@@ -57,7 +68,14 @@ def write(data_dir, num_rows, distinct, written):
     lists = [chooser.sample(keys, 40) for _ in range(distinct)]
     (data_dir / "csv").mkdir()
     rows = [
-        [f"word {row % distinct}", row, 1, pages[row % 200], lists[row % distinct][row % 40], written(lists[row % distinct])]
+        [
+            f"word {row % distinct}",
+            row,
+            1,
+            pages[row % 200],
+            lists[row % distinct][row % 40],
+            written(lists[row % distinct]),
+        ]
         + ["[64, 64]", "[0, 0, 32, 32]"]
         for row in range(num_rows)
     ]

@@ -23,7 +23,14 @@ from unittest import mock
 import measure
 import numpy as np
 import torch
-from conftest import launch_command, launch_environment, make_tiny_model, read_csv, write_csv, write_data
+from conftest import (
+    launch_command,
+    launch_environment,
+    make_tiny_model,
+    read_csv,
+    write_csv,
+    write_data,
+)
 from trainer_reference import make_trainer
 
 import data
@@ -40,7 +47,9 @@ def main():
     if "WORLD_SIZE" in os.environ or "ACCELERATE_USE_CPU" in os.environ:
         return measure_here()
     for config in ("cpu", "cpu_2_processes"):
-        command = launch_command("tests/benchmarks/rerank_evaluation.py", *sys.argv[1:], config=config)
+        command = launch_command(
+            "tests/benchmarks/rerank_evaluation.py", *sys.argv[1:], config=config
+        )
         subprocess.run(command, env=launch_environment(), check=True)
 
 
@@ -69,7 +78,9 @@ def measure_here():
     with mock.patch.object(data, "CACHE_LIMIT", 0):
         decoding = read_datasets(config, model, ["test_vocabulary"])[0]
     trainers = {
-        name: make_trainer(train.read_config(["--output_dir", str(folder)]), model, *[queries] * 3, 1, cache=cache)
+        name: make_trainer(
+            train.read_config(["--output_dir", str(folder)]), model, *[queries] * 3, 1, cache=cache
+        )
         for name, queries, cache in (
             ("Trainer reference", dataset, True),
             ("Trainer reference, embeddings not kept", dataset, False),
@@ -79,13 +90,23 @@ def measure_here():
     for trainer in trainers.values():
         trainer.log = lambda values: None
     alternatives = {"evaluate.py": lambda: ours(accelerator, model, dataset, config)}
-    alternatives |= {name: lambda trainer=trainer: quietly(trainer.rerank_evaluate) for name, trainer in trainers.items()}
+    alternatives |= {
+        name: lambda trainer=trainer: quietly(trainer.rerank_evaluate)
+        for name, trainer in trainers.items()
+    }
     one_size, sizes = best_batch_sizes(accelerator, model, dataset)
     alternatives["floor"] = lambda: floor(accelerator, model, dataset, one_size)
     alternatives["lower floor"] = lambda: floor(accelerator, model, dataset, sizes)
-    results = [ours(accelerator, model, dataset, config), *(trainer.rerank_evaluate() for trainer in trainers.values())]
+    results = [
+        ours(accelerator, model, dataset, config),
+        *(trainer.rerank_evaluate() for trainer in trainers.values()),
+    ]
     # They agree, or the comparison is of nothing; but for a query or two, whose scores batches of other shapes tie or part.
-    assert all(abs(a - b) < 0.01 for r in results[1:] for a, b in zip(results[0].values(), r.values(), strict=True)), results
+    assert all(
+        abs(a - b) < 0.01
+        for r in results[1:]
+        for a, b in zip(results[0].values(), r.values(), strict=True)
+    ), results
 
     def together(run):
         def timed():
@@ -149,7 +170,9 @@ def best_batch_sizes(accelerator, model, dataset):
     """([size, size], [size of the elements' batches, size of the pages']): the same for both, and each its own."""
 
     def best(choices):
-        seconds = [min(floor(accelerator, model, dataset, sizes) for _ in range(2)) for sizes in choices]
+        seconds = [
+            min(floor(accelerator, model, dataset, sizes) for _ in range(2)) for sizes in choices
+        ]
         place = torch.tensor([int(np.argmin(seconds))], device=accelerator.device)
         return choices[accelerator.gather(place)[0].item()]  # the same on all
 
@@ -167,24 +190,46 @@ def growth(accelerator, model, config, folder, factors):
         (folder / "more" / name).symlink_to(Path(config.data_dir).resolve() / name)
     table, datasets = [], {}
     for factor in factors:
-        write_csv(folder / "more" / "csv" / "test_vocabulary.csv", [list(row.values()) for row in rows] * factor, list(rows[0]))
+        write_csv(
+            folder / "more" / "csv" / "test_vocabulary.csv",
+            [list(row.values()) for row in rows] * factor,
+            list(rows[0]),
+        )
         more = Namespace(**vars(config) | {"data_dir": folder / "more"})
         datasets[factor] = read_datasets(more, model, ["test_vocabulary"])[0]
     memory = {
-        factor: measure.peak_memory(lambda dataset=dataset: ours(accelerator, model, dataset, config))
+        factor: measure.peak_memory(
+            lambda dataset=dataset: ours(accelerator, model, dataset, config)
+        )
         for factor, dataset in datasets.items()
     }
-    runs = {factor: lambda dataset=dataset: ours(accelerator, model, dataset, config) for factor, dataset in datasets.items()}
+    runs = {
+        factor: lambda dataset=dataset: ours(accelerator, model, dataset, config)
+        for factor, dataset in datasets.items()
+    }
     seconds = measure.in_turn(runs, 2)
     for factor, dataset in datasets.items():
         (queries, width), inputs = dataset.candidates.shape, len(dataset)
         predicted = inputs * model.config.embedding_size * 4 + queries * width * 12
         table.append(
             [f"{queries:,}", f"{queries * width:,}", f"{np.median(seconds[factor]):.2f}"]
-            + [f"{measure.ratio(seconds, factor, factors[0]):.2f}", f"{memory[factor] / 1e6:.0f}", f"{predicted / 1e6:.0f}"]
+            + [
+                f"{measure.ratio(seconds, factor, factors[0]):.2f}",
+                f"{memory[factor] / 1e6:.0f}",
+                f"{predicted / 1e6:.0f}",
+            ]
         )
-    header = ["queries", "N × C", "s", "× the first", "peak MB above what was there", "MB of outputs, scores and indices"]
-    measure.show_table(f"Rerank evaluation of more queries over the same {inputs} images, 1 process", header, table)
+    header = [
+        "queries",
+        "N × C",
+        "s",
+        "× the first",
+        "peak MB above what was there",
+        "MB of outputs, scores and indices",
+    ]
+    measure.show_table(
+        f"Rerank evaluation of more queries over the same {inputs} images, 1 process", header, table
+    )
 
 
 if __name__ == "__main__":

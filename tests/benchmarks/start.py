@@ -35,39 +35,69 @@ def main():
         little = write_data(folder / "little", evaluation=2, test=2)
         flags = ["--max_steps", "1", "--output_dir", folder / "output", "--report_to", "none"]
         if arguments.small:
-            flags += ["--model_name_or_path", make_tiny_model(folder / "tiny"), "--data_dir", little]
+            flags += [
+                "--model_name_or_path",
+                make_tiny_model(folder / "tiny"),
+                "--data_dir",
+                little,
+            ]
         else:
             if not arguments.data_dir.exists():
                 sample_data.build(arguments.data_dir)
             flags += ["--data_dir", arguments.data_dir]
         alternatives = {
-            "import torch, transformers, accelerate": [sys.executable, "-c", "import torch, transformers, accelerate"],
+            "import torch, transformers, accelerate": [
+                sys.executable,
+                "-c",
+                "import torch, transformers, accelerate",
+            ],
             "..., and PreTrainedModel": [
                 sys.executable,
                 "-c",
                 "import torch, accelerate; from transformers import PreTrainedModel",
             ],
-            "..., and Trainer": [sys.executable, "-c", "import torch, accelerate; from transformers import Trainer"],
+            "..., and Trainer": [
+                sys.executable,
+                "-c",
+                "import torch, accelerate; from transformers import Trainer",
+            ],
             "python train.py, imports only": [sys.executable, "-c", "import train"],
         }
         parts = []
 
         def start(program):
             environment = launch_environment() | {"BEGAN": str(time.time()), "LITTLE": str(little)}
-            done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
-            parts.append([float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("part ")])
+            done = subprocess.run(
+                program, env=environment, capture_output=True, text=True, check=True
+            )
+            parts.append(
+                [
+                    float(line.split()[1])
+                    for line in done.stdout.splitlines()
+                    if line.startswith("part ")
+                ]
+            )
             shutil.rmtree(folder / "output")
 
         runs = {
             name: lambda program=program: subprocess.run(
-                program, cwd=measure.REPOSITORY, env=launch_environment(), check=True, capture_output=True
+                program,
+                cwd=measure.REPOSITORY,
+                env=launch_environment(),
+                check=True,
+                capture_output=True,
             )
             for name, program in alternatives.items()
         }
-        runs["accelerate launch train.py"] = lambda: start(launch_command("tests/benchmarks/start.py", *flags))
+        runs["accelerate launch train.py"] = lambda: start(
+            launch_command("tests/benchmarks/start.py", *flags)
+        )
         seconds = measure.in_turn(runs, 1 if arguments.small else 5, warm_up=not arguments.small)
     first = next(iter(alternatives))
-    rows = [[name, f"{np.median(took):.2f}", f"{measure.ratio(seconds, name, first):.2f}"] for name, took in seconds.items()]
+    rows = [
+        [name, f"{np.median(took):.2f}", f"{measure.ratio(seconds, name, first):.2f}"]
+        for name, took in seconds.items()
+    ]
     for name, took in zip(PARTS, np.median(parts, axis=0), strict=True):
         rows.append([f"of it: {name}", f"{took:.2f}", f"{took / np.median(seconds[first]):.2f}"])
     measure.show_table("From the launch to the first update", ["", "s", f"× {first}"], rows)

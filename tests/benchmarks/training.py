@@ -48,11 +48,23 @@ def main():
         data_dir = little if arguments.small else arguments.data_dir
         if not data_dir.exists():
             sample_data.build(data_dir)
-        kinds = [("tiny", load_model(make_tiny_model(folder / "tiny")), 8, 1)] if arguments.small else models()
+        kinds = (
+            [("tiny", load_model(make_tiny_model(folder / "tiny")), 8, 1)]
+            if arguments.small
+            else models()
+        )
         for title, model, updates, rounds in kinds:
-            config = train.read_config([f"--max_steps={updates}", "--eval_every=0", "--save_every=0"])
+            config = train.read_config(
+                [f"--max_steps={updates}", "--eval_every=0", "--save_every=0"]
+            )
             train_dataset = read(data_dir, model, ["train"])[0]
-            work = Work(config, model, train_dataset, *read(little, model, ["eval", "test_vocabulary"]), folder)
+            work = Work(
+                config,
+                model,
+                train_dataset,
+                *read(little, model, ["eval", "test_vocabulary"]),
+                folder,
+            )
             with mock.patch.object(data, "CACHE_LIMIT", 0):
                 decoding = read(data_dir, model, ["train"])[0]
             alternatives = {
@@ -97,8 +109,13 @@ def models():
     """[(title, model, updates of a run, rounds)]"""
     torch.manual_seed(0)
     # A tenth of the parameters of the default one, a seventh of its time: fewer and narrower layers, on smaller images.
-    tenth = DualEncoderConfig(backbone_config=TENTH, feature_size=166, embedding_size=48, page_size=32, element_size=8)
-    return [("default", DualEncoder(DualEncoderConfig()), 30, 10), ("ten times smaller", DualEncoder(tenth), 150, 15)]
+    tenth = DualEncoderConfig(
+        backbone_config=TENTH, feature_size=166, embedding_size=48, page_size=32, element_size=8
+    )
+    return [
+        ("default", DualEncoder(DualEncoderConfig()), 30, 10),
+        ("ten times smaller", DualEncoder(tenth), 150, 15),
+    ]
 
 
 def read(data_dir, model, splits):
@@ -124,14 +141,25 @@ class Work:
         self.stamps.append(time.perf_counter())
 
     def ours(self):
-        with tempfile.TemporaryDirectory(dir=self.folder) as output_dir, contextlib.redirect_stdout(io.StringIO()):
+        with (
+            tempfile.TemporaryDirectory(dir=self.folder) as output_dir,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             config = replace(self.config, output_dir=output_dir)
             log = JsonlTracker(Path(output_dir) / "log.jsonl")
             accelerator = train.make_accelerator(max_grad_norm=config.max_grad_norm, log_with=[log])
             accelerator.init_trackers("benchmark", config={})
             state = train.make_state(accelerator, config, self.datasets)
             show, train.show = train.show, self.stamp  # what train() calls after each update
-            train.train(accelerator, config, copy.deepcopy(self.model), state, None, *self.datasets, compute_metrics)
+            train.train(
+                accelerator,
+                config,
+                copy.deepcopy(self.model),
+                state,
+                None,
+                *self.datasets,
+                compute_metrics,
+            )
             train.show = show
         return self.per_update()
 
@@ -140,14 +168,31 @@ class Work:
 
     def trainer_of_rows(self, train_dataset):
         _, eval_dataset, rerank_dataset = self.datasets
-        return self.run_trainer(OfRows(train_dataset), OfRows(eval_dataset), rerank_dataset, data_collator=default_data_collator)
+        return self.run_trainer(
+            OfRows(train_dataset),
+            OfRows(eval_dataset),
+            rerank_dataset,
+            data_collator=default_data_collator,
+        )
 
     def run_trainer(self, *datasets, data_collator):
         sys.modules.pop("lomo_optim", None)  # which make_accelerator put there, for train.py alone
-        with tempfile.TemporaryDirectory(dir=self.folder) as output_dir, contextlib.redirect_stdout(io.StringIO()):
+        with (
+            tempfile.TemporaryDirectory(dir=self.folder) as output_dir,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             config, model = replace(self.config, output_dir=output_dir), copy.deepcopy(self.model)
-            stamp = type("Stamp", (TrainerCallback,), {"on_step_end": lambda *_, **__: self.stamp()})()
-            make_trainer(config, model, *datasets, config.max_steps, data_collator=data_collator, callbacks=[stamp]).train()
+            stamp = type(
+                "Stamp", (TrainerCallback,), {"on_step_end": lambda *_, **__: self.stamp()}
+            )()
+            make_trainer(
+                config,
+                model,
+                *datasets,
+                config.max_steps,
+                data_collator=data_collator,
+                callbacks=[stamp],
+            ).train()
         return self.per_update()
 
     def bare(self):
@@ -164,13 +209,18 @@ class Work:
     def loop(self, batches):
         config, model = self.config, copy.deepcopy(self.model)
         optimizer = torch.optim.AdamW(
-            train.parameter_groups(model, config.weight_decay), lr=config.learning_rate, eps=1e-6, fused=True
+            train.parameter_groups(model, config.weight_decay),
+            lr=config.learning_rate,
+            eps=1e-6,
+            fused=True,
         )
         model.train()
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = train.learning_rate_at(step, config.max_steps, config)
-            batch = {name: values for name, values in batch.items() if name not in ("index", "weight")}
+            batch = {
+                name: values for name, values in batch.items() if name not in ("index", "weight")
+            }
             model(**batch)["losses"].mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
