@@ -31,6 +31,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from runtime.launch import UserError
+
 COPIED = (
     "search_word",
     "template_idx",
@@ -50,10 +52,6 @@ FORMATS = (
     "BMP",
     "TIFF",
 )  # by content, whatever the name says; some others run programs
-
-
-class UserError(ValueError):
-    """Something that the user can mend, told in one line: what, where (file, row, value), and what to do."""
 
 
 class Key(NamedTuple):

@@ -39,11 +39,13 @@ from tqdm import tqdm
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
-import gallery
 import metrics
-from checkpoint import TRAINING_CONFIG, save_checkpoint, save_model
-from data import UserError, batches_in_groups, read_datasets, whole
-from launch import (
+import report
+from data import batches_in_groups, read_datasets, whole
+from model import load_model, rerank_scores
+from runtime.checkpoint import TRAINING_CONFIG, save_checkpoint, save_model
+from runtime.launch import (
+    UserError,
     errors_in_one_line,
     finish,
     leave_signals_to_the_main_process,
@@ -51,8 +53,7 @@ from launch import (
     make_writable,
     stop_if_asked,
 )
-from model import load_model, rerank_scores
-from tracking import log_picture, open_whole
+from runtime.tracking import log_picture, open_whole
 
 
 def maybe_log_save_evaluate(
@@ -238,7 +239,7 @@ def rerank_evaluate(accelerator, model, dataset, compute_metrics, config):
     output = rerank_evaluation_loop(accelerator, model, dataloader, dataset, compute_metrics)
     if accelerator.is_main_process:
         write_metric_csv(Path(config.output_dir) / "metric.csv", dataset, output.predictions)
-        gallery.draw(config, dataset, output.predictions)
+        report.draw(config, dataset, output.predictions)
         if getattr(config, "trec_dir", None):  # training has no such option
             write_trec(config.trec_dir, dataset, output.predictions)
     return prefixed("rerank", output.metrics)

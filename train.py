@@ -29,8 +29,12 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import gallery
-from checkpoint import (
+import report
+from data import TrainSampler, fingerprint, read_datasets, updates_per_epoch, whole
+from evaluate import collect_losses, maybe_log_save_evaluate
+from metrics import compute_metrics
+from model import load_model
+from runtime.checkpoint import (
     MANIFEST,
     check_checkpoint,
     load_training_state,
@@ -38,10 +42,9 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from data import TrainSampler, UserError, fingerprint, read_datasets, updates_per_epoch, whole
-from evaluate import collect_losses, maybe_log_save_evaluate
-from launch import (
+from runtime.launch import (
     Stopped,
+    UserError,
     check_shared,
     describe_strategy,
     errors_in_one_line,
@@ -52,9 +55,7 @@ from launch import (
     stop_if_asked,
     watch_for_stop,
 )
-from metrics import compute_metrics
-from model import load_model
-from tracking import closing_table, first_line, make_trackers, show, start_trackers
+from runtime.tracking import closing_table, first_line, make_trackers, show, start_trackers
 
 DEFAULT_DATA_DIR = "default_data"
 
@@ -376,7 +377,7 @@ def train(
         raise
     progress.close()
     if accelerator.is_main_process:
-        gallery.draw_curves(
+        report.draw_curves(
             Path(config.output_dir) / "curves.png", Path(config.output_dir) / "log.jsonl"
         )
     accelerator.print(closing_table(state, config, global_batch_size, time.perf_counter() - began))

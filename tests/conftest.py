@@ -15,7 +15,7 @@ from PIL import Image
 
 from model import DualEncoder, DualEncoderConfig
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[1]
 # For launches that share the cores, where threads that wait without letting go slow all tenfold. One that is alone is slower so.
 SIDE_BY_SIDE = {"OMP_WAIT_POLICY": "PASSIVE"}
 COLUMNS = [

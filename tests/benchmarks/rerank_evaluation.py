@@ -38,9 +38,9 @@ import evaluate
 import sample_data
 import train
 from data import Key, read_datasets
-from launch import finish, make_accelerator
 from metrics import compute_metrics
 from model import load_model
+from runtime.launch import finish, make_accelerator
 
 
 def main():

@@ -34,7 +34,7 @@ import train
 from data import TrainSampler, read_datasets, whole
 from metrics import compute_metrics
 from model import SMALL_BACKBONE, DualEncoder, DualEncoderConfig, load_model
-from tracking import JsonlTracker
+from runtime.tracking import JsonlTracker
 
 TENTH = SMALL_BACKBONE | {"embedding_size": 32, "hidden_sizes": [32], "depths": [1]}
 

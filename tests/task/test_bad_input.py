@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import train
-from data import UserError, as_keys, decode_image, find_image, parse_literal, read_rows
+from data import as_keys, decode_image, find_image, parse_literal, read_rows
+from runtime.launch import UserError
 
 EXAMPLES = settings(
     max_examples=100, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck)

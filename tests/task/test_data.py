@@ -21,7 +21,6 @@ import data
 from data import (
     Key,
     TrainSampler,
-    UserError,
     batches_in_groups,
     decode_image,
     parse_literal,
@@ -29,6 +28,7 @@ from data import (
     read_rows,
     whole,
 )
+from runtime.launch import UserError
 
 MODEL = Namespace(config=Namespace(page_size=64, element_size=32))
 

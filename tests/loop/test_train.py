@@ -18,8 +18,9 @@ from wandb.proto import wandb_internal_pb2
 
 import evaluate
 import train
-from data import Key, UserError, decode_image, read_datasets
+from data import Key, decode_image, read_datasets
 from model import DualEncoder, DualEncoderConfig
+from runtime.launch import UserError
 
 OPTIONS = [
     "--num_epochs",
@@ -55,7 +56,7 @@ def run(data, folder, batch, processes=1, **options):
         batch,
     ]
     done = launch(
-        "tests/recorded_run.py",
+        "tests/loop/recorded_run.py",
         *arguments,
         processes=processes,
         RECORD=str(folder.parent),
@@ -362,7 +363,7 @@ def test_a_worker_meets_a_broken_image(tmp_path, monkeypatch):
     data = write_data(tmp_path / "data")
     done = launch(
         *(
-            "tests/without_cache.py",
+            "tests/task/without_cache.py",
             "--data_dir",
             data,
             "--output_dir",

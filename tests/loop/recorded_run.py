@@ -9,14 +9,14 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from fsdp2_on_cpu import fsdp2_on_cpu
 
 import evaluate
 import metrics
 import train
-from launch import errors_in_one_line
+from runtime.launch import errors_in_one_line
 
 record = {"calls": [], "trained": [], "losses": [], "predicted": []}
 

@@ -111,9 +111,9 @@ class Runs(dict):
         if config == "fsdp2":
             options["FSDP2_ON_CPU"] = "1"
         if config.startswith("two_machines"):
-            launch_two_machines("tests/recorded_run.py", *arguments, **options)
+            launch_two_machines("tests/loop/recorded_run.py", *arguments, **options)
         else:
-            launch("tests/recorded_run.py", *arguments, **options)
+            launch("tests/loop/recorded_run.py", *arguments, **options)
         self[name] = read_run(folder, processes)
         return self[name]
 
@@ -314,13 +314,13 @@ def parity_table(found):
     scope="module", params=["1 process", pytest.param("DDP × 2", marks=pytest.mark.long)]
 )
 def with_trainer(request, runs, data, tmp_path_factory):
-    """(our run, the one of tests/trainer_reference.py), launched with the same flags."""
+    """(our run, the one of tests/task/trainer_reference.py), launched with the same flags."""
     config, _, processes, accumulation = WAYS[request.param]
     folder = tmp_path_factory.mktemp("trainer")
     batch = GLOBAL_BATCH // processes // accumulation
     launch(
         *(
-            "tests/trainer_reference.py",
+            "tests/task/trainer_reference.py",
             "--data_dir",
             data,
             "--output_dir",
@@ -399,7 +399,7 @@ def faulty_runs(data, tmp_path_factory):
         faults = ["none", *FAULTS] if name == "two" else ["none"]
         batch = ["--per_device_batch_size", GLOBAL_BATCH // processes]
         launch(
-            "tests/faulty_run.py",
+            "tests/loop/faulty_run.py",
             *arguments,
             *batch,
             config=config,

@@ -17,7 +17,9 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
-from data import UserError
+
+class UserError(ValueError):
+    """Something that the user can mend, told in one line: what, where (file, row, value), and what to do."""
 
 
 def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
@@ -220,7 +222,7 @@ def errors_in_one_line():
         # for the reason given in `finish`.
         time.sleep(5 if os.environ.get("RANK", "0") != "0" else 0.5)
         # A DataLoader worker's error comes with the worker's traceback; the message is its last line.
-        message = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
+        message = str(error).strip().splitlines()[-1].removeprefix("runtime.launch.UserError: ")
         print(f"\nerror: {message}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # not sys.exit, which would wait for DataLoader workers

@@ -1,6 +1,6 @@
 """The job of train.py done by a subclass of transformers.Trainer that overrides private methods: what train.py stands in for.
 
-    accelerate launch --config_file accelerate_config/cpu.yaml tests/trainer_reference.py --data_dir default_data --max_steps 30
+    accelerate launch --config_file accelerate_config/cpu.yaml tests/task/trainer_reference.py --data_dir default_data --max_steps 30
 
 Flags, initial weights, rows, optimizer and learning rates are train.py's. The loop, clipping, logging and the shared evaluation
 are Trainer's; the rerank evaluation is the usual one. Nothing of evaluate.py is used, so that the two can be held against each
@@ -20,7 +20,7 @@ from collections import defaultdict
 from operator import itemgetter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from accelerate.utils import set_seed
@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArguments
 
 from data import Key, TrainSampler, read_datasets, updates_per_epoch, whole
-from launch import finish
 from metrics import compute_metrics
 from model import load_model
+from runtime.launch import finish
 from train import learning_rate_at, parameter_groups, read_config
 
 

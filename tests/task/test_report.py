@@ -16,12 +16,12 @@ from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
-import gallery
 import metrics
+import report
 from data import RerankDataset, read_datasets
 from evaluate import write_metric_csv
 from model import DualEncoderConfig
-from tracking import log_picture
+from runtime.tracking import log_picture
 
 NASTY = '</script><b>"it\'s" & 하트\\u003c'
 MISSING = 5  # the row whose relevant element is not among its candidates
@@ -79,22 +79,22 @@ class Sheet:
     """The contact sheet of some scores, and what was drawn on it: [(corner, picture), the candidates...] of each query."""
 
     def __init__(self, monkeypatch, dataset, scores, folder):
-        drawn, draw_picture = [], gallery.draw_picture
+        drawn, draw_picture = [], report.draw_picture
 
         def watched(sheet, corner, picture, width, height):
-            if height == gallery.QUERY:
+            if height == report.QUERY:
                 drawn.append([])
             drawn[-1].append((corner, picture))
             draw_picture(sheet, corner, picture, width, height)
 
-        monkeypatch.setattr(gallery, "draw_picture", watched)
-        gallery.draw(Namespace(output_dir=folder), dataset, scores)
+        monkeypatch.setattr(report, "draw_picture", watched)
+        report.draw(Namespace(output_dir=folder), dataset, scores)
         monkeypatch.undo()
         self.image, self.queries = Image.open(folder / "contact_sheet.png"), drawn
 
     def framed(self, corner):
         x, y = corner
-        return self.image.getpixel((x - 3, y + 20)) == ImageColor.getrgb(gallery.RIGHT)
+        return self.image.getpixel((x - 3, y + 20)) == ImageColor.getrgb(report.RIGHT)
 
 
 def expected_row(dataset, row, table):
@@ -103,7 +103,7 @@ def expected_row(dataset, row, table):
         json.loads(table[row]["sorted_candidate_resourcekey"]),
         table[row]["resourceKey"],
     )
-    keys = ordered[: gallery.TOP] + [relevant] * (relevant not in ordered[: gallery.TOP])
+    keys = ordered[: report.TOP] + [relevant] * (relevant not in ordered[: report.TOP])
     elements = dataset.rows.path.parent.parent / "elements"
     return [((elements / f"{key}.png").resolve(), key == relevant) for key in keys]
 
@@ -116,13 +116,13 @@ def test_the_contact_sheet_shows_what_metric_csv_says(dataset, monkeypatch, tmp_
     ranks = np.array([float(row["rank"]) for row in table])
     finite = [row for row in range(17) if np.isfinite(ranks[row])]
     worst = sorted((row for row in finite if ranks[row] > 1), key=lambda row: -ranks[row])[
-        : gallery.WORST
+        : report.WORST
     ]
     pages = {path: row for row, path in enumerate(dataset.show_query(row)[1] for row in range(17))}
     rows = [pages[query[0][1]] for query in sheet.queries]
     assert (
-        rows[gallery.SAMPLE :] == worst
-        and len(set(rows[: gallery.SAMPLE])) == gallery.SAMPLE
+        rows[report.SAMPLE :] == worst
+        and len(set(rows[: report.SAMPLE])) == report.SAMPLE
         and MISSING in rows
     )
     for row, (_, *candidates) in zip(rows, sheet.queries, strict=True):
@@ -130,15 +130,15 @@ def test_the_contact_sheet_shows_what_metric_csv_says(dataset, monkeypatch, tmp_
             dataset, row, table
         )
         corners = np.array([corner for corner, _ in candidates])
-        assert (np.diff(corners[:, 0]) >= gallery.CANDIDATE).all() and (corners >= 0).all()
-        assert (corners + gallery.CANDIDATE + 20 <= sheet.image.size).all()  # nothing is cut off
+        assert (np.diff(corners[:, 0]) >= report.CANDIDATE).all() and (corners >= 0).all()
+        assert (corners + report.CANDIDATE + 20 <= sheet.image.size).all()  # nothing is cut off
 
 
 def test_the_sample_is_the_same_whatever_the_scores(dataset, monkeypatch, tmp_path):
     samples = []
     for seed in range(3):
         sheet = Sheet(monkeypatch, dataset, random_scores(dataset, seed), tmp_path)
-        samples.append([query[0] for query in sheet.queries[: gallery.SAMPLE]])
+        samples.append([query[0] for query in sheet.queries[: report.SAMPLE]])
     assert samples[0] == samples[1] == samples[2]
 
 
@@ -146,7 +146,7 @@ def test_a_model_without_misses(dataset, monkeypatch, tmp_path):
     scores = np.where(dataset.candidates.numpy() >= 0, 0, -np.inf).astype(np.float32)
     found = np.flatnonzero(dataset.labels.numpy() >= 0)
     scores[found, dataset.labels[found]] = 1
-    assert len(Sheet(monkeypatch, dataset, scores, tmp_path).queries) == gallery.SAMPLE
+    assert len(Sheet(monkeypatch, dataset, scores, tmp_path).queries) == report.SAMPLE
 
 
 def test_the_order_is_that_of_the_ranks():
@@ -161,11 +161,11 @@ def test_the_order_is_that_of_the_ranks():
 
 def test_korean_is_drawn():
     """Not as boxes, on a machine with no font at all; in pieces too, as a Mac names files."""
-    font = gallery.font(18)
+    font = report.font(18)
     box = bytes(font.getmask("\U0010fffe"))
     drawn = {bytes(font.getmask(character)) for character in "하트검색어A"}
     assert len(drawn) == 6 and box not in drawn
-    assert gallery.wrap(unicodedata.normalize("NFD", "하트"), 18, 150, 2) == ["하트"]
+    assert report.wrap(unicodedata.normalize("NFD", "하트"), 18, 150, 2) == ["하트"]
 
 
 @pytest.mark.parametrize(
@@ -180,9 +180,9 @@ def test_korean_is_drawn():
     ],
 )
 def test_text_stays_in_its_width(text):
-    lines = gallery.wrap(text, 12, 100, 3)
+    lines = report.wrap(text, 12, 100, 3)
     assert len(lines) <= 3 and all(
-        0 < gallery.font(12).getlength(line.rstrip("…")) <= 100 for line in lines
+        0 < report.font(12).getlength(line.rstrip("…")) <= 100 for line in lines
     )
     whole = "".join(lines).replace(" ", "")
     assert "".join(text.split()).startswith(whole.rstrip("…")) and whole.endswith("…") == (
@@ -211,7 +211,7 @@ class Page(HTMLParser):
 def test_the_gallery_holds_what_metric_csv_says(dataset, tmp_path):
     scores = random_scores(dataset)
     table = table_of(dataset, scores, tmp_path)
-    gallery.draw(Namespace(output_dir=tmp_path, gallery=True), dataset, scores)
+    report.draw(Namespace(output_dir=tmp_path, gallery=True), dataset, scores)
     page = Page(tmp_path / "gallery.html")
     assert (
         page.tags.count("script") == 2
@@ -232,8 +232,8 @@ def test_the_gallery_holds_what_metric_csv_says(dataset, tmp_path):
         assert query["right"] == [right for _, right in expected].index(True)
         ordered = json.loads(table[row]["sorted_candidate_resourcekey"])
         names = [page.data["candidates"][number][0] for number in query["candidates"]]
-        assert names == ordered[: gallery.TOP] + [table[row]["resourceKey"]] * (
-            len(names) > min(len(ordered), gallery.TOP)
+        assert names == ordered[: report.TOP] + [table[row]["resourceKey"]] * (
+            len(names) > min(len(ordered), report.TOP)
         )
         by_key = dict(zip(ordered, json.loads(table[row]["sorted_score"]), strict=True))
         assert query["scores"] == [by_key.get(name) for name in names]  # eighths are exact
@@ -272,15 +272,15 @@ def test_a_task_of_texts(data, dataset, monkeypatch, tmp_path):
 
     texts, scores = Texts(dataset.rows, dataset.inputs), random_scores(dataset)
     sheet = Sheet(monkeypatch, texts, scores, tmp_path)
-    gallery.draw(Namespace(output_dir=tmp_path, gallery=True), texts, scores)
+    report.draw(Namespace(output_dir=tmp_path, gallery=True), texts, scores)
     for query in sheet.queries:
         for (x, y), text in query:
             assert isinstance(text, str)
-            cell = np.asarray(sheet.image.crop((x, y, x + 150, y + gallery.CANDIDATE)).convert("L"))
+            cell = np.asarray(sheet.image.crop((x, y, x + 150, y + report.CANDIDATE)).convert("L"))
             assert 0.05 < (cell < 128).mean() < 0.5  # written over all of it, on white
     data = Page(tmp_path / "gallery.html").data
     assert all(
-        list(picture) == ["text"] and len(picture["text"]) <= gallery.TEXT_LIMIT + 1
+        list(picture) == ["text"] and len(picture["text"]) <= report.TEXT_LIMIT + 1
         for picture in data["pictures"]
     )
     assert data["pictures"][0]["text"].startswith("질문 0: what does it say of <script>")
@@ -303,7 +303,7 @@ def test_the_curves_are_those_of_the_log(monkeypatch, tmp_path):
         savefig(figure, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", kept)
-    gallery.draw_curves(tmp_path / "curves.png", tmp_path / "log.jsonl")
+    report.draw_curves(tmp_path / "curves.png", tmp_path / "log.jsonl")
     drawn = [
         {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.lines}
         for axes in figures[0].axes

@@ -19,9 +19,9 @@ from accelerate.utils import set_seed
 
 import train
 from data import read_datasets
-from launch import errors_in_one_line, finish, make_accelerator
 from metrics import compute_metrics
-from tracking import JsonlTracker
+from runtime.launch import errors_in_one_line, finish, make_accelerator
+from runtime.tracking import JsonlTracker
 
 
 def main():

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.wandb_agent import Agent
 
 import train
-from data import UserError
-from tracking import HEADLINES, make_trackers, show, start_trackers
+from runtime.launch import UserError
+from runtime.tracking import HEADLINES, make_trackers, show, start_trackers
 
 SWEEP = yaml.safe_load((REPOSITORY / "sweep.yaml").read_text(encoding="utf-8"))
 

@@ -16,8 +16,7 @@ from conftest import (
     write_data,
 )
 
-from data import UserError
-from launch import check_shared
+from runtime.launch import UserError, check_shared
 
 CONFIGS = sorted((REPOSITORY / "accelerate_config").glob("*.yaml"))
 
@@ -116,7 +115,7 @@ def test_evaluate_is_not_for_deepspeed(tmp_path):
 def test_bf16(data, tmp_path, tiny_model):
     """Under FSDP2, which would else hand out scores and losses in bfloat16. Under one process tests/test_train.py has it."""
     launch(
-        *("tests/recorded_run.py", "--data_dir", data, "--output_dir", tmp_path / "output"),
+        *("tests/loop/recorded_run.py", "--data_dir", data, "--output_dir", tmp_path / "output"),
         *("--max_steps", 2, "--per_device_batch_size", 8, "--model_name_or_path", tiny_model),
         config="fsdp2",
         mixed_precision="bf16",

@@ -40,7 +40,7 @@ def definitions(path):
 
 
 def test_the_table_of_overrides_counts_the_lines():
-    trainer = definitions(REPOSITORY / "tests" / "trainer_reference.py")
+    trainer = definitions(REPOSITORY / "tests" / "task" / "trainer_reference.py")
     ours = definitions(REPOSITORY / "evaluate.py")
     rows = re.findall(
         r"^\| `(\w+)`, (\d+) \| \[`(\w+)`\]\(evaluate.py#L\d+\), (\d+) \|", README, re.MULTILINE
@@ -139,7 +139,7 @@ DOCUMENTS = [
 ]
 DOCUMENTS += [
     *(REPOSITORY / "accelerate_config").iterdir(),
-    REPOSITORY / "tests" / "kill_test.py",
+    REPOSITORY / "tests" / "loop" / "kill_test.py",
     REPOSITORY / "README.ko.md",
 ]
 DOCUMENTS += [

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from data import UserError
+from runtime.launch import UserError
 
 TRAINING_CONFIG = "training_config.json"  # beside the weights: what evaluate.py needs to give the numbers of training again
 MANIFEST = "manifest.json"

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from fsdp2_on_cpu import fsdp2_on_cpu
 
-import checkpoint
 import evaluate
 import train
-from launch import errors_in_one_line
+from runtime import checkpoint
+from runtime.launch import errors_in_one_line
 
 PLACES = {"train_step": train, "flush": checkpoint, "stop_if_asked": evaluate}
 calls = 0

@@ -24,14 +24,14 @@ from conftest import (
 from safetensors.torch import load_file
 
 import train
-from checkpoint import (
+from runtime.checkpoint import (
     MANIFEST,
     describe_file,
     load_training_state,
     newest_checkpoint,
     read_checkpoint,
 )
-from data import UserError
+from runtime.launch import UserError
 
 OPTIONS = [
     "--max_steps",
@@ -78,7 +78,7 @@ def start(data, tiny_model):
         arguments = flags(data, tiny_model, output_dir, *arguments)
         environment = {"AT": at, "WHAT": what} if at else {}
         options = {"config": "cpu_2_processes", "check": False} | options
-        return launch("tests/interrupted_run.py", *arguments, **options, **environment)
+        return launch("tests/loop/interrupted_run.py", *arguments, **options, **environment)
 
     return start
 

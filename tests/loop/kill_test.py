@@ -1,6 +1,6 @@
 """Kill runs of two processes at random moments, a third of them inside a save, and bring each to its end by the same command.
 
-    python tests/kill_test.py --kills 60
+    python tests/loop/kill_test.py --kills 60
 
 Every run must end with the bits of one that was not killed: losses, learning rates, metrics, weights, metric.csv, the log.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from conftest import launch_command, launch_environment, make_tiny_model, write_data
 from test_resume import OPTIONS, assert_the_same_run

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import flatten_dict
 
-from data import UserError
+from runtime.launch import UserError
 
 
 def make_trackers(config) -> list:
@@ -127,7 +127,7 @@ def open_whole(path: Path, mode: str = "w"):
 def git_commit() -> str | None:
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
     )

@@ -4,11 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import data
 import train
-from launch import errors_in_one_line
+from runtime.launch import errors_in_one_line
 
 data.CACHE_LIMIT = 0
 start_trackers = train.start_trackers

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import metrics
 from data import decode_image
-from tracking import HEADLINES, open_whole
+from runtime.tracking import HEADLINES, open_whole
 
 TOP = 8  # candidates of a query that are shown, besides the relevant one
 SAMPLE, WORST = 8, 5  # queries on the contact sheet
