@@ -1,9 +1,9 @@
-"""A dual encoder: one image encoder embeds the page and the elements, and a score is the cosine of two embeddings.
+"""A dual encoder: one image encoder embeds the page and the elements. A score is a cosine.
 
-B images, R rows, C candidates of a row, F features, D embedding size, N queries, M distinct inputs of an evaluation.
+B images, R rows, C candidates of a row, F features, D embedding size, N queries, M items of an
+evaluation. This file imports no other one of the project: it belongs to a saved model.
 
-EDIT HERE for another task: `forward` says what the loss and the scores are, `rerank_scores` how an evaluation's outputs
-become scores. train.py and evaluate.py know of neither.
+EDIT HERE for another task: `forward` says what the loss is, `rerank_scores` what a score is.
 """
 
 import json
@@ -16,8 +16,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-# The default encoder, built from a config: a small BiT. Its norm is GroupNorm; BatchNorm would make the outputs depend on
-# the micro-batch, so on the number of processes.
+# The default encoder is a small BiT, built from a config. Its norm is GroupNorm. With BatchNorm the
+# outputs would depend on the micro-batch, and so on the number of processes.
 SMALL_BACKBONE = {
     "model_type": "bit",
     "embedding_size": 64,
@@ -30,12 +30,12 @@ SMALL_BACKBONE = {
 
 
 class DualEncoderConfig(PreTrainedConfig):
-    """What `from_pretrained` needs to build the model, and what the images must go through before it.
+    """What `from_pretrained` needs to build the model and to prepare its images.
 
     backbone_config: the config of any transformers vision model.
     feature_size: F, how many numbers `pool_all_levels` makes of an image. embedding_size: D.
     page_size, element_size: pages and elements are fitted into squares of this many pixels.
-    image_mean, image_std: per channel, of pixels in 0..1; the model subtracts and divides itself.
+    image_mean, image_std: of each channel, for pixels in 0..1. The model applies them itself.
     """
 
     model_type = "match_element_dual_encoder"
@@ -63,7 +63,7 @@ class DualEncoder(PreTrainedModel):
     main_input_name = "images"
 
     def __init__(self, config, backbone=None):
-        """backbone: a model that is loaded already; without it, one is built from config.backbone_config."""
+        """backbone: a model that is loaded already. None: one is built from the config."""
         super().__init__(config)
         self.backbone = (
             AutoModel.from_config(config.backbone_config) if backbone is None else backbone
@@ -74,27 +74,30 @@ class DualEncoder(PreTrainedModel):
             nn.GELU(),
             nn.Linear(hidden_size, config.embedding_size),
         )
-        # Of the cosines before the softmax, learned as in CLIP. (1,): FSDP2 divides tensors, and refuses a scalar.
+        # It scales the cosines before the softmax, and is learned, as in CLIP. (1,), since FSDP2
+        # divides tensors and refuses a scalar.
         self.log_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
         self.post_init()
 
     def forward(self, images=None, pages=None, candidates=None, candidate_mask=None, labels=None):
-        """Everything that the model can do, since DDP, DeepSpeed and FSDP see nothing but `forward`.
+        """All that the model can do, since DDP, DeepSpeed and FSDP2 hook nothing but `forward`.
 
-        Rerank evaluation: images, uint8 (B, 3, H, W). Returns {"outputs": float32 (B, D)}, embeddings of length 1.
+        Rerank evaluation: images uint8 (B, 3, H, W) give {"outputs": float32 (B, D)}, embeddings
+        of length 1.
 
-        Training and the shared evaluation: pages, uint8 (R, 3, H, W); candidates, uint8 (R, C, 3, h, w); candidate_mask,
-        bool (R, C), False for padding, which comes last; labels, int64 (R,), the column of the relevant candidate.
-        Returns {"losses": float32 (R,), "scores": float32 (R, C), padded with -inf}. The loss is the cross-entropy of
-        picking the relevant candidate; there is one a row, since only the caller knows the global batch it is averaged over.
+        Training and the shared evaluation: pages uint8 (R, 3, H, W); candidates uint8
+        (R, C, 3, h, w); candidate_mask bool (R, C), False for padding, which comes last; labels
+        int64 (R,), the column of the relevant candidate.
+        They give {"losses": float32 (R,), "scores": float32 (R, C), padded with -inf}. The loss is
+        the cross-entropy of picking the relevant candidate. There is one for each row, since only
+        the caller knows the global batch that they are averaged over.
         """
         if images is not None:
             return {"outputs": self.embed(images)}
         rows, width = candidate_mask.shape
         page_embeddings = self.embed(pages)  # (R, D)
-        candidate_embeddings = self.embed(candidates.flatten(0, 1)).unflatten(
-            0, (rows, width)
-        )  # (R, C, D)
+        candidate_embeddings = self.embed(candidates.flatten(0, 1))  # (R x C, D)
+        candidate_embeddings = candidate_embeddings.unflatten(0, (rows, width))  # (R, C, D)
         scores = cosine(page_embeddings[:, None], candidate_embeddings)  # (R, C)
         # Masked after the scaling: 0 x -inf would be a NaN in the gradient of the scale.
         logits = (scores * self.log_scale.exp()).masked_fill(~candidate_mask, -math.inf)  # (R, C)
@@ -102,17 +105,17 @@ class DualEncoder(PreTrainedModel):
         return {"losses": losses, "scores": scores.masked_fill(~candidate_mask, -math.inf)}
 
     def get_input_embeddings(self):
-        """None, which FSDP2 wants to hear: there is no table of words here that could be tied to an output layer."""
+        """None. FSDP2 asks, to find a table of words that is tied to an output layer."""
 
     def embed(self, images):
-        """uint8 (B, 3, H, W) to float32 (B, D) of length 1. Call `forward`, not this, from outside."""
-        # Pixels travel to the device as bytes, a quarter of the traffic, and become numbers here.
+        """uint8 (B, 3, H, W) to float32 (B, D) of length 1. From outside call `forward`."""
+        # Pixels travel to the device as bytes, which is a quarter of the traffic.
         statistics = (self.config.image_mean, self.config.image_std)
         mean, std = (
             torch.tensor(values, device=images.device)[:, None, None] for values in statistics
         )
         pixel_values = ((images / 255 - mean) / std).to(self.head[0].weight.dtype)
-        # Channels last: the convolutions of the small model take two thirds of the time on a CPU.
+        # Channels last: on a CPU the small model's convolutions take two thirds of the time.
         features = pool_all_levels(
             self.backbone, pixel_values.contiguous(memory_format=torch.channels_last)
         )
@@ -120,10 +123,11 @@ class DualEncoder(PreTrainedModel):
 
 
 def pool_all_levels(backbone: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) to float32 (B, F): mean and deviation over the image of each level, and what the backbone pools itself.
+    """(B, 3, H, W) to float32 (B, F): mean and deviation of each level over the image.
 
-    A style shows in ink, strokes and corners more than in what is drawn: in the early levels, some of which a norm further on
-    takes away, and in how much a feature varies over the image as much as in its mean.
+    A style shows in ink, strokes and corners more than in the thing drawn. These are features of
+    the early levels, and how much a feature varies tells as much as its mean. What the backbone
+    pools itself comes last.
     """
     states = backbone(pixel_values, output_hidden_states=True)
     pooled = []
@@ -131,7 +135,7 @@ def pool_all_levels(backbone: nn.Module, pixel_values: torch.Tensor) -> torch.Te
         # (B, width, h, w) from a convolutional backbone, (B, tokens, width) from a transformer
         level = level.flatten(2).transpose(1, 2) if level.ndim == 4 else level
         mean = level.float().mean(dim=1)  # (B, width)
-        # In two passes: with var_mean, which is one, an evaluation takes a third longer on a CPU.
+        # In two passes. With var_mean an evaluation takes a third longer on a CPU.
         variance = (level - mean[:, None]).square().mean(dim=1)  # (B, width)
         pooled += [mean, (variance + 1e-5).sqrt()]
     if states.get("pooler_output") is not None:
@@ -142,8 +146,8 @@ def pool_all_levels(backbone: nn.Module, pixel_values: torch.Tensor) -> torch.Te
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Cosine of embeddings of length 1: float32 (..., D) and (..., D) to (...).
 
-    A product and a sum rather than a matrix product: autocast leaves them in float32 (in bfloat16 many scores would be tied),
-    and the bits of a score do not depend on how many others are computed with it.
+    A product and a sum, not a matrix product. Autocast leaves them in float32: in bfloat16 many
+    scores would be tied. And the bits of a score do not depend on how many are computed with it.
     """
     return (a * b).sum(-1)
 
@@ -151,25 +155,25 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def rerank_scores(
     outputs: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor
 ) -> torch.Tensor:
-    """From an evaluation's outputs, float32 (M, D), to scores, float32 (N, C) padded with -inf.
+    """From embeddings, float32 (M, D), to scores, float32 (N, C), padded with -inf.
 
-    queries: int (N,), candidates: int (N, C) padded with -1; both say which of the M inputs.
+    queries: int64 (N,), candidates: int64 (N, C) padded with -1. Both are items, 0 to M - 1.
     """
+    queries, candidates = queries.to(outputs.device), candidates.to(outputs.device)
     scores = torch.full(candidates.shape, -math.inf, device=outputs.device)  # (N, C)
-    rows, columns = torch.nonzero(
-        candidates >= 0, as_tuple=True
-    )  # (pairs,), without the padding: lists differ a lot in length
-    for pairs in torch.arange(len(rows)).split(2**16):  # bounds the memory to 2 x 65536 x D numbers
+    # Only pairs that are there: lists differ a lot in length.
+    rows, columns = torch.nonzero(candidates >= 0, as_tuple=True)  # (pairs,)
+    for pairs in torch.arange(len(rows)).split(2**16):  # bounds the memory: 2 x 65536 x D floats
         row, column = rows[pairs], columns[pairs]
         scores[row, column] = cosine(outputs[queries[row]], outputs[candidates[row, column]])
     return scores
 
 
 def load_model(model_name_or_path: str | Path | None) -> DualEncoder:
-    """A DualEncoder. From None: small, untrained; else a folder that train.py saved, or any vision model, local or on the hub.
+    """A DualEncoder: a folder that train.py saved, or any vision model, local or on the hub.
 
-    Weights are read from safetensors only, and no code that comes with them is run. Raises OSError, or ValueError for a model
-    that transformers does not know.
+    None: a small one, untrained. Weights are read from safetensors only, and no code that comes
+    with them is run. Raises OSError, and ValueError for a model that transformers does not know.
     """
     if model_name_or_path is None:
         return DualEncoder(DualEncoderConfig())
@@ -197,7 +201,7 @@ def load_model(model_name_or_path: str | Path | None) -> DualEncoder:
 
 
 def read_preprocessing(model_name_or_path):
-    """The image_mean and image_std that the backbone was trained with, or {} if it does not say."""
+    """The image_mean and image_std of the backbone's training, or {} where it does not say."""
     path = cached_file(
         model_name_or_path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
     )
@@ -208,6 +212,6 @@ def read_preprocessing(model_name_or_path):
     return {name: values[name] for name in ("image_mean", "image_std") if name in values}
 
 
-# So that AutoConfig and AutoModel know a folder that train.py saved, once this file is imported.
+# Once this file is imported, AutoConfig and AutoModel know a folder that train.py saved.
 AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig)
 AutoModel.register(DualEncoderConfig, DualEncoder)

@@ -82,6 +82,18 @@ def main():
     build(parser.parse_args().data_dir)
 
 
+def build_once(accelerator, data_dir: str):
+    """Build the data where it is absent, once on each machine. Every process must call this."""
+    with accelerator.local_main_process_first():
+        if accelerator.is_local_main_process and not Path(data_dir).exists():
+            print(
+                f"building the default data, once: 25,000 small images in {data_dir}/, "
+                "about 20 seconds",
+                flush=True,
+            )
+            build(data_dir)
+
+
 def build(data_dir: str | Path, progress: bool = True):
     """Write the whole data set to `data_dir` (the layout is told in data.py).
 

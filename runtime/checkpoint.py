@@ -1,19 +1,20 @@
 """Saving and loading: models, and checkpoints that are whole or absent.
 
     output_dir/checkpoints/step_00000100/
-        config.json, model.safetensors, training_config.json      the model, as in output_dir/best
-        training_state/     what accelerate saves besides: the optimizer and each process's random states, and under DeepSpeed and
-                            FSDP2 their own parts of model and optimizer
-        run.json            TrainState
-        manifest.json       what the numbers depend on; size and hash of every file: the last file to be written
+        config.json, model.safetensors, training_config.json    the model, as in output_dir/best
+        training_state/   what accelerate saves besides: the optimizer, each process's random
+                          states; under DeepSpeed and FSDP2 their parts of model and optimizer
+        run.json          TrainState
+        manifest.json     what the numbers depend on; size and hash of every file; written last
 
-Loading runs no code that is in a file, except under DeepSpeed, whose parts are pickles: there the hashes say that nothing was
-damaged, and whoever could write to the folder must be trusted.
+Loading runs no code that is in a file. DeepSpeed is the exception, since its parts are pickles.
+Their hashes say that nothing was damaged; whoever can write to the folder must be trusted.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,30 +22,33 @@ from pickle import UnpicklingError
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from transformers.utils import cached_file
 
-from runtime.launch import UserError
+from runtime.launch import UserError, option_named
 
-TRAINING_CONFIG = "training_config.json"  # beside the weights: what evaluate.py needs to give the numbers of training again
+TRAINING_CONFIG = "training_config.json"  # beside the weights: what evaluate.py needs of the run
 MANIFEST = "manifest.json"
 
 
-def save_checkpoint(accelerator: Accelerator, model, state, folder: Path, total_limit: int):
-    """Write checkpoints/step_... to `folder`, then remove all but the newest `total_limit` (0: none).
+def save_checkpoint(accelerator: Accelerator, model, state, output_dir: str, total_limit: int):
+    """Save checkpoints/step_... atomically. Then remove all but the newest `total_limit` (0: none).
 
-    Every process must call it, with no losses left in state.window. A process that is killed, or a disk that is full, at any
-    moment of it leaves the checkpoints that were there before; only one of this same step, which is replaced, may be lost to a
-    kill between two renames. Raises UserError.
+    Every process must call this, with no losses left in state.window. A kill or a full disk at any
+    moment leaves the older checkpoints whole. Only an older one of this same step is replaced, and
+    can be lost to a kill between two renames. Raises UserError.
     """
+    folder = Path(output_dir) / "checkpoints"
     checkpoint = folder / f"step_{state.step:08d}"
     unfinished = folder / f".{checkpoint.name}-unfinished"
     try:
         if accelerator.is_main_process:
-            for left in folder.glob(".*"):  # by a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for left in folder.glob(".step_*"):
+                if re.fullmatch(r"\.step_\d{8}-(unfinished|removed)", left.name):  # after a kill
+                    shutil.rmtree(left, ignore_errors=True)
             unfinished.mkdir(parents=True)
         accelerator.wait_for_everyone()
         write_model(accelerator, model, unfinished, state.training_config)
-        # The weights stand beside it already, where accelerate would write them itself.
+        # The weights are saved already: keep accelerate from saving them again.
         hook = accelerator.register_save_state_pre_hook(
             lambda models, weights, path: weights.clear()
         )
@@ -53,54 +57,54 @@ def save_checkpoint(accelerator: Accelerator, model, state, folder: Path, total_
         if accelerator.is_main_process:
             (unfinished / "run.json").write_text(json.dumps(state.to_save()), encoding="utf-8")
         accelerator.wait_for_everyone()
-        files = {}
-        for part in gather_object([describe_files(accelerator, unfinished)]):
-            files |= part
+        names = files_of(unfinished)
+        for name in share(accelerator, names):
+            flush(unfinished / name)
+        files = describe_files(accelerator, unfinished, names)
         if accelerator.is_main_process:
             manifest = {"depends_on": state.depends_on, "versions": state.versions, "files": files}
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            for path in (
-                unfinished / MANIFEST,
-                *(path for path in unfinished.glob("**") if path.is_dir()),
-            ):
+            folders = [path for path in unfinished.glob("**") if path.is_dir()]
+            for path in (unfinished / MANIFEST, *folders):
                 flush(path)
-            if (
-                checkpoint.exists()
-            ):  # damaged, and so passed over; or saved before its evaluation was done
+            if checkpoint.exists():  # damaged, or saved before its evaluation was done
                 remove(checkpoint)
             os.rename(unfinished, checkpoint)
             flush(folder)
-            for old in (
-                sorted(folder.glob("step_*"), reverse=True)[total_limit:] if total_limit else []
-            ):
+            for old in checkpoints_in(folder)[total_limit:] if total_limit else []:
                 remove(old)
         accelerator.wait_for_everyone()
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "file" not in str(
-            error
-        ):  # torch raises one for a disk that is full
-            raise
-        whole = sorted(path.name for path in folder.glob("step_*"))
+        if isinstance(error, RuntimeError) and "file" not in str(error):
+            raise  # else torch says so of a full disk
+        safe = ", ".join(path.name for path in checkpoints_in(folder)) or "none before it"
         raise UserError(
-            f"the checkpoint of update {state.step} could not be written to {folder}: {str(error).splitlines()[0]}. "
-            f"Safe: {', '.join(whole) or 'none before it'}. Mend this, and the same command goes on from there"
+            f"the checkpoint of update {state.step} could not be written to {folder}: "
+            f"{str(error).splitlines()[0]}. Safe: {safe}. "
+            "Correct this, and the same command resumes from there"
         ) from None
 
 
-def describe_files(accelerator, folder):
-    """{name: [bytes, hash]} of this process's share of the files, flushed to the disk and read again."""
-    share = checkpoint_files(folder)[accelerator.process_index :: accelerator.num_processes]
-    for name in share:
-        flush(folder / name)
-    return {name: describe_file(folder / name) for name in share}
+def checkpoints_in(folder):
+    """Our checkpoints, newest first. Anything else in the folder is the user's."""
+    ours = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name)]
+    return sorted(ours, reverse=True)
 
 
-def checkpoint_files(folder):
-    return sorted(
-        str(path.relative_to(folder))
-        for path in folder.glob("**/*")
-        if path.is_file() and path.name != MANIFEST
-    )
+def files_of(folder):
+    """The names of all files of a checkpoint, in a fixed order."""
+    files = [path for path in folder.glob("**/*") if path.is_file() and path.name != MANIFEST]
+    return sorted(str(path.relative_to(folder)) for path in files)
+
+
+def share(accelerator, names):
+    return names[accelerator.process_index :: accelerator.num_processes]
+
+
+def describe_files(accelerator, folder, names):
+    """{name: [bytes, hash]}. Each process reads its share, so every one must call this."""
+    described = {name: describe_file(folder / name) for name in share(accelerator, names)}
+    return {name: value for part in gather_object([described]) for name, value in part.items()}
 
 
 def describe_file(path):
@@ -109,22 +113,22 @@ def describe_file(path):
 
 
 def flush(path):
-    # Until then a file, or a name in a folder, may be in memory only, and a machine that loses power loses it.
+    # Until then a file, or a name in a folder, may be in memory only and lost with the power.
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def remove(checkpoint):
-    # Renamed first: half of it may be gone when the process is killed, and half a checkpoint must not look like one.
+    # Renamed first: after a kill half a checkpoint must not look like a whole one.
     removed = checkpoint.with_name(f".{checkpoint.name}-removed")
     os.rename(checkpoint, removed)
     shutil.rmtree(removed)
 
 
 def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, or None. Says which are damaged. Every process must call it."""
-    for checkpoint in sorted(folder.glob("step_*"), reverse=True):
+    """The newest whole checkpoint, or None. Names damaged ones. Every process must call this."""
+    for checkpoint in checkpoints_in(folder):
         problem = check_checkpoint(accelerator, checkpoint)
         if problem is None:
             return checkpoint
@@ -133,17 +137,19 @@ def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
 
 
 def check_checkpoint(accelerator: Accelerator, checkpoint: Path) -> str | None:
-    """What is wrong with it, or None. Every process must call it: each checks its share of the files."""
+    """What is wrong with it, or None. Each process checks a share: every one must call this."""
+    problem = None
     try:
         described = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        files = checkpoint_files(checkpoint)
-        problem = next((f"{name} is missing" for name in described if name not in files), None)
-        for name in list(described)[accelerator.process_index :: accelerator.num_processes]:
+        missing = sorted(described.keys() - set(files_of(checkpoint)))
+        if missing:
+            problem = f"{missing[0]} is missing"
+        for name in share(accelerator, list(described)):
             if problem is None and describe_file(checkpoint / name) != described[name]:
                 problem = f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{MANIFEST}: {error}"
-    return next((found for found in gather_object([problem]) if found is not None), None)
+    return next((one for one in gather_object([problem]) if one is not None), None)
 
 
 def read_checkpoint(checkpoint):
@@ -155,10 +161,11 @@ def read_checkpoint(checkpoint):
 
 
 def load_training_state(accelerator: Accelerator, checkpoint: Path):
-    """Optimizer and random states into what `accelerator` has prepared. Every process must call it.
+    """Load the optimizer and random states into what was prepared. Every process must call this.
 
-    The model must have been built from `checkpoint` already; under DeepSpeed and FSDP2 its weights are loaded again, in parts.
-    Raises UserError for a file with something else than numbers in it, of which nothing is run (DeepSpeed's are not looked at).
+    The model must have been built from `checkpoint` before. DeepSpeed and FSDP2 load its weights
+    again, in parts. A file with anything but numbers is a UserError, and none of it is run.
+    (DeepSpeed's are not looked at.)
     """
     hook = accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
     try:
@@ -169,16 +176,16 @@ def load_training_state(accelerator: Accelerator, checkpoint: Path):
         ) from None
     finally:
         hook.remove()
-    accelerator.step = (
-        0  # of micro-batches, only ever used modulo the accumulation, which may be another one now
-    )
+    # Of micro-batches, and used only modulo the accumulation, which may be another one now.
+    accelerator.step = 0
 
 
 def save_model(accelerator: Accelerator, model, folder: Path, training_config: dict):
-    """Write config.json, model.safetensors and training_config.json to `folder`. Every process must call it.
+    """Save config.json, model.safetensors and training_config.json. Every process must call this.
 
-    It is written beside and renamed when whole. Over an older model the files are replaced one by one, the weights last: config
-    and preprocessing do not change in a run, so at any moment the folder is a whole model, the old one or the new one.
+    They are written to a temporary folder, which is then renamed. Over an older model the files are
+    replaced one by one, the weights last. Config and preprocessing do not change in a run, so at
+    any moment the folder is a whole model, the old one or the new one.
     """
     unfinished = folder.with_name(f".{folder.name}-unfinished")
     if accelerator.is_main_process:
@@ -200,12 +207,52 @@ def save_model(accelerator: Accelerator, model, folder: Path, training_config: d
 
 
 def write_model(accelerator, model, folder, training_config):
-    # Every process takes part: under ZeRO-3 and FSDP each holds a part of the weights.
+    # Every process takes part: under ZeRO-3 and FSDP2 each holds a part of the weights.
     state_dict = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(
-            folder, state_dict=state_dict
+        plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+        plain.save_pretrained(folder, state_dict=state_dict)
+        (folder / TRAINING_CONFIG).write_text(json.dumps(training_config, indent=2))
+
+
+def read_training_config(model_dir: str, needed) -> dict:
+    """What `write_model` saved beside the weights. needed: names it must have. Raises UserError."""
+    path = Path(model_dir) / TRAINING_CONFIG
+    if not path.is_file():
+        raise UserError(
+            f"--model_dir {model_dir}: there is no {TRAINING_CONFIG} in it; "
+            "name a folder that train.py saved"
         )
-        (folder / TRAINING_CONFIG).write_text(
-            json.dumps(training_config, indent=2), encoding="utf-8"
+    with option_named(f"--model_dir {model_dir}"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        missing = sorted(set(needed) - set(config))
+    if missing:
+        raise UserError(
+            f"{path} has no {', '.join(missing)}: another version of this template saved it. "
+            "Evaluate it there, or train on from it with --model_name_or_path"
         )
+    return config
+
+
+def hash_model(accelerator: Accelerator, model_name_or_path: str | None) -> str | None:
+    """What tells one base model from another, weights and preprocessing. Every process must call
+    it.
+
+    A folder has the hash of its files, wherever it lies. A name on the hub has its commit. None
+    where the model is not there any more; a run is then resumed from its checkpoint alone.
+    """
+    if model_name_or_path is None:
+        return "untrained"
+    folder = Path(model_name_or_path)
+    if folder.is_dir():
+        kinds = (".json", ".safetensors", ".txt", ".model")
+        names = [path.name for path in folder.iterdir() if path.suffix in kinds and path.is_file()]
+        names = sorted(set(names) - {TRAINING_CONFIG, "run.json", MANIFEST})
+        files = describe_files(accelerator, folder, names)
+        return hashlib.blake2b(
+            json.dumps(sorted(files.items())).encode(), digest_size=16
+        ).hexdigest()
+    try:
+        return Path(cached_file(model_name_or_path, "config.json")).parent.name
+    except OSError:
+        return None

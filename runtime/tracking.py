@@ -1,55 +1,57 @@
-"""What a run leaves to read: log.jsonl, the tracker, the screen. A step is one line, and one point on the axis."""
+"""What a run leaves to read: log.jsonl, the trackers, the screen. A step is one line of the log."""
 
 import json
 import math
 import os
+import shutil
 import subprocess
+import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
-from PIL import Image
 from tqdm import tqdm
 from transformers.utils import flatten_dict
 
 from runtime.launch import UserError
+from runtime.resume import TrainState
 
 
-def make_trackers(config) -> list:
-    """What the Accelerator is to log with: log.jsonl, and the trackers that --report_to names. Raises UserError."""
-    names = [] if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
+def make_trackers(report_to: str, output_dir: str) -> list:
+    """What the Accelerator logs with: log.jsonl, and what report_to names. Raises UserError."""
+    names = [] if report_to == "none" else report_to.replace(" ", "").split(",")
     known = [name for name in LoggerType.list() if name != "all"]
     installed = [str(name) for name in get_available_trackers()]
     for name in names:
         if name not in known:
             raise UserError(
-                f"--report_to {config.report_to}: there is no {name!r}; name some of {', '.join(known)}, or none"
+                f"--report_to {report_to}: there is no {name!r}; "
+                f"name some of {', '.join(known)}, or none"
             )
-        if name not in installed:  # accelerate would go on without it
-            found = ", ".join(installed) or "none"
+        if name not in installed:  # accelerate would leave it out in silence
             raise UserError(
-                f"--report_to {config.report_to}: {name} is not installed (there is {found}): pip install {name}"
+                f"--report_to {report_to}: {name} is not installed "
+                f"(there is {', '.join(installed) or 'none'}): pip install {name}"
             )
-    return [JsonlTracker(Path(config.output_dir) / "log.jsonl"), *names]
+    return [JsonlTracker(Path(output_dir) / "log.jsonl"), *names]
 
 
-def start_trackers(accelerator: Accelerator, config, state, datasets):
-    """log.jsonl and the others, all beginning with the config, the versions, the git commit and the counts of the data.
+def start_trackers(accelerator: Accelerator, config, state: TrainState, counts: dict):
+    """Start all trackers. Each begins with the config, versions, git commit and counts of rows.
 
-    A run that goes on is one run in log.jsonl, wandb, trackio and TensorBoard; other trackers begin another one. What it had
-    logged after its checkpoint comes again: log.jsonl leaves it out, TensorBoard hides it, trackio has it twice.
+    config: a dataclass with output_dir and project. counts: {CSV: {"used": ...}}.
+    A resumed run is one run in log.jsonl and in wandb. Other trackers start another one.
     """
     facts = {
         "config": asdict(config),
         "processes": accelerator.num_processes,
         "strategy": accelerator.distributed_type.value,
         "mixed_precision": accelerator.mixed_precision,
-        "device": str(accelerator.device.type),
-        "data": {str(dataset.rows.path): dataset.rows.counts for dataset in datasets},
+        "device": accelerator.device.type,
+        "data": counts,
         "versions": state.versions,
         "git_commit": git_commit(),
         "depends_on": state.depends_on,
@@ -57,54 +59,48 @@ def start_trackers(accelerator: Accelerator, config, state, datasets):
     }
     if accelerator.is_main_process:
         facts = keep_lines(Path(config.output_dir) / "log.jsonl", state) or facts
-    options = {
-        "trackio": {"name": facts["run_id"], "resume": "allow"},
-        "tensorboard": {"purge_step": state.step + state.done},
-    }
+    options = {}
     if LoggerType.WANDB in accelerator.log_with:
-        options["wandb"] = wandb_options(accelerator, config) | {
-            "id": facts["run_id"],
-            "resume": "allow",
-        }
+        run = {"id": facts["run_id"], "resume": "allow"}
+        options["wandb"] = wandb_options(accelerator, config.output_dir) | run
     accelerator.init_trackers(config.project, init_kwargs=options)
-    for tracker in accelerator.trackers:  # of the main process; the other ones have none
-        # Only these two take values inside of values; names such as config.learning_rate do for the others.
-        tracker.store_init_configuration(
-            facts if tracker.name in ("jsonl", "wandb") else flatten_dict(facts)
-        )
+    for tracker in accelerator.trackers:  # on the main process; the others have none
+        # Only these two take values inside of values. The others get names as config.learning_rate.
+        nested = tracker.name in ("jsonl", "wandb")
+        tracker.store_init_configuration(facts if nested else flatten_dict(facts))
 
 
-def wandb_options(accelerator: Accelerator, config) -> dict:
-    """What `wandb.init` is to be told: without a key it logs offline, and a line says so."""
-    import wandb  # here, since it takes 0.6 s, which only those who ask for it are to wait
+def wandb_options(accelerator: Accelerator, output_dir: str) -> dict:
+    """Options of wandb.init. Without a key it logs offline, and a line says so."""
+    import wandb  # here, since it takes 0.6 s
 
-    offline = (
-        "WANDB_MODE" not in os.environ
-        and accelerator.is_main_process
-        and not wandb.login(prompt=False)
-    )
+    offline = False
+    if "WANDB_MODE" not in os.environ and accelerator.is_main_process:
+        offline = not wandb.login(prompt=False)
     if offline:
-        accelerator.print(
-            f"wandb has no key here, so it logs offline; to upload: wandb sync {config.output_dir}/wandb/offline-run-*"
+        print(
+            "wandb has no key here, so it logs offline; "
+            f"to upload: wandb sync {output_dir}/wandb/offline-run-*"
         )
     return {
-        "dir": config.output_dir,
+        "dir": output_dir,
         "mode": "offline" if offline else None,
         "settings": wandb.Settings(silent=offline),
     }
 
 
-def keep_lines(log: Path, state) -> dict | None:
-    """Leave only what `state` has behind it in log.jsonl, and return its first line, or None where nothing is left."""
+def keep_lines(log: Path, state: TrainState) -> dict | None:
+    """Drop the lines after the resumed step. Return the first line, or None where none is left."""
     if not log.exists():
         return None
     kept = []
     for line in log.read_text(encoding="utf-8").splitlines() if state.step > 0 else []:
         try:
             step = json.loads(line)["step"]
-        except ValueError:  # of a process that was killed while it wrote
+        except ValueError:  # a kill cut it short
             continue
-        if not kept or step < state.step + state.done:
+        # The step itself is logged again if what is due at it was not done.
+        if not kept or step < state.step or (step == state.step and state.done):
             kept.append(line)
     with open_whole(log) as file:
         file.writelines(f"{line}\n" for line in kept)
@@ -112,30 +108,27 @@ def keep_lines(log: Path, state) -> dict | None:
 
 
 @contextmanager
-def open_whole(path: Path, mode: str = "w"):
-    """A file to write, UTF-8 where it is text, at `path` once it is whole: whoever looks meanwhile sees the one before."""
+def open_whole(path: Path):
+    """Write a text file atomically, by a temporary name: a reader sees the old one or the new."""
     unfinished = path.with_name(f".{path.name}-unfinished")
-    with (
-        open(unfinished, mode)
-        if "b" in mode
-        else open(unfinished, mode, newline="", encoding="utf-8") as file
-    ):
+    with open(unfinished, "w", newline="", encoding="utf-8") as file:
         yield file
     os.replace(unfinished, path)
 
 
 def git_commit() -> str | None:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    return described.stdout.strip() or None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[1], capture_output=True, text=True
+        )
+    except OSError:  # there is no git here
+        return None
+    return done.stdout.strip() or None
 
 
 class JsonlTracker(GeneralTracker):
-    """log.jsonl: a JSON object a line, each with its `step`; the first one holds what `start_trackers` says of the run."""
+    """log.jsonl: one JSON object a line, each with its `step`. The first describes the run."""
 
     name = "jsonl"
     requires_logging_directory = False
@@ -153,96 +146,103 @@ class JsonlTracker(GeneralTracker):
             self.log(values, step=0)
 
     def log(self, values, step=None, **kwargs):
-        # JSON has no inf and no NaN; a gradient norm may be one where fp16 skips an update.
+        # JSON has no inf and no NaN. A gradient norm is one where fp16 skips an update.
         values = {
-            name: None if isinstance(v, float) and not math.isfinite(v) else v
-            for name, v in values.items()
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
         }
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
 
 
-def log_picture(accelerator: Accelerator, name: str, path: Path, step: int):
-    """Send a PNG to the tracker, if it is one that takes images, as of the step that its metrics have."""
-    if not accelerator.is_main_process:  # the others may be here before it is written
-        return
-    for tracker in accelerator.trackers:
-        if tracker.name == "wandb":
-            tracker.log_images(
-                {name: [str(path)]}, step=step
-            )  # the file as it is; pixels would be compressed anew
-        elif tracker.name == "tensorboard":
-            pixels = np.asarray(Image.open(path))[None]  # (1, H, W, 3)
-            tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
-        elif tracker.name == "trackio":  # accelerate's tracker of it has no log_images
-            import trackio  # pyrefly: ignore[missing-import]
+def write_report(accelerator: Accelerator, name: str, evaluation, prediction, folder: Path, step):
+    """The files of an evaluation's report, each atomically. wandb also gets the pictures.
 
-            tracker.log({name: trackio.Image(path)}, step=step)
+    They keep their names for the evaluation "rerank". For another one metric.csv becomes
+    metric_{name}.csv. step: None where nothing is tracked.
+    """
+    unfinished = folder / f".report-{name}"
+    shutil.rmtree(unfinished, ignore_errors=True)  # after a kill
+    unfinished.mkdir()
+    evaluation.report(unfinished, evaluation.dataset, prediction)
+    suffix = "" if name == "rerank" else f"_{name}"
+    for file in sorted(unfinished.iterdir()):
+        path = folder / f"{file.stem}{suffix}{file.suffix}"
+        os.replace(file, path)
+        for tracker in accelerator.trackers:
+            if tracker.name == "wandb" and path.suffix == ".png":
+                tracker.log_images({f"{name}/{file.stem}": [str(path)]}, step=step)
+    unfinished.rmdir()
 
 
-def show(accelerator: Accelerator, progress: tqdm, state, values: dict[str, float]):
-    """What was logged, on the screen of the main process: the latest loss and evaluation beside the bar, each evaluation in a
-    line of its own."""
-    if not accelerator.is_main_process or not values:
-        return
+def start_progress(accelerator: Accelerator, state: TrainState):
+    """Say what will be done, and start the bar: on a screen, not in a file."""
+    output_dir = state.training_config["output_dir"]
+    accelerator.print(
+        f"{state.num_updates} updates of {state.global_batch_size} rows; everything goes to "
+        f"{output_dir}/; Ctrl+C saves and ends, and the same command resumes"
+    )
+    state.progress = tqdm(
+        desc="training",
+        unit="update",
+        total=state.num_updates,
+        initial=state.step,
+        disable=not accelerator.is_main_process or None,
+    )
+    state.began = state.window_began = time.perf_counter()
+
+
+def show(state: TrainState, values: dict[str, float]):
+    """What was logged, on the screen: losses beside the bar, a line for each evaluation.
+
+    Of an evaluation it shows the loss, the metric that chooses best/ and the first three others.
+    The closing table has all.
+    """
+    chosen = state.training_config["metric_for_best_model"]
     if "train/loss" in values:
-        losses = f"loss {values['train/loss']:.4f}, {values['train/samples_per_second']:.0f} rows/s"
-        name = state.training_config["best_metric"].partition(":")[2]
-        progress.set_postfix_str(
-            f"{losses}, {name} {list(state.evaluations.values())[-1][name]:.4f}"
-        )
-        if progress.disable:
-            progress.write(f"update {state.step:>6}  {losses}")
-    if state.step in state.evaluations:
-        progress.write(
-            f"update {state.step:>6}  "
-            + "  ".join(f"{name} {values[name]:.4f}" for name in HEADLINES if name in values)
-        )
+        text = f"loss {values['train/loss']:.4f}, {values['train/samples_per_second']:.0f} rows/s"
+        latest = list(state.evaluations.values())[-1]
+        state.progress.set_postfix_str(f"{text}, {chosen} {latest[chosen]:.4f}")
+        if state.progress.disable:  # there is no bar in a file
+            state.progress.write(f"update {state.step:>6}  {text}")
+    evaluations = {}  # {"eval": its names}
+    for name in values:
+        evaluations.setdefault(name.partition("/")[0], []).append(name)
+    evaluations.pop("train", None)
+    for evaluation, names in evaluations.items():
+        first = [name for name in names if name in (f"{evaluation}/loss", chosen)]
+        shown = first + [name for name in names if name not in first][:3]
+        line = "  ".join(f"{name} {values[name]:.4f}" for name in shown)
+        state.progress.write(f"update {state.step:>6}  {line}")
 
 
-HEADLINES = (
-    "eval/loss",
-    "eval/Recall@1",
-    "eval/MRR@100",
-    "rerank/Recall@1",
-    "rerank/Recall@10",
-    "rerank/MRR@100",
-)
-
-
-def closing_table(state, config, global_batch_size: int, seconds: float) -> str:
-    """Updates, time, first, best and last metrics, and where everything is: str."""
+def closing_table(state: TrainState, config) -> str:
+    """Updates, time, all metrics before, at best and at last, and where everything is."""
+    state.progress.close()
+    seconds = time.perf_counter() - state.began
     first, best, last = 0, state.best_step, state.step
-    names = [name for name in HEADLINES if name in state.evaluations[last]]
     lines = [
         "",
-        f"{state.step} updates of {global_batch_size} rows in {seconds:.0f} s, evaluations included",
-        f"{'':<20}{'before':>12}{f'best, {best}':>14}{f'last, {last}':>14}",
+        f"{last} updates of {state.global_batch_size} rows in {seconds:.0f} s, all included",
+        f"{'':<24}{'before':>12}{f'best, {best}':>14}{f'last, {last}':>14}",
     ]
-    for name in names:
-        values = [
-            state.evaluations[step].get(name, math.nan) if step is not None else math.nan
-            for step in (first, best, last)
-        ]
-        lines.append(f"{name:<20}{values[0]:>12.4f}{values[1]:>14.4f}{values[2]:>14.4f}")
-    places = {
-        "best": f"the model of update {best}, best by {config.best_metric}",
+    for name in state.evaluations[last]:
+        before, at_best, at_last = (
+            state.evaluations.get(step, {}).get(name, math.nan) for step in (first, best, last)
+        )
+        lines.append(f"{name:<24}{before:>12.4f}{at_best:>14.4f}{at_last:>14.4f}")
+    kind = "greatest" if config.greater_is_better else "smallest"
+    contents = {
+        "best": f"the model of update {best}: the {kind} {config.metric_for_best_model}",
         f"checkpoints/step_{last:08d}": "the model after the last update",
-        "metric.csv": "every query of the last rerank evaluation; contact_sheet.png shows some",
-        "log.jsonl": "everything that was logged; curves.png draws it",
+        "log.jsonl": "everything that was logged",
     }
-    lines += [f"{f'{config.output_dir}/{place}':<36}  {what}" for place, what in places.items()]
+    files = sorted(path.name for path in Path(config.output_dir).glob("[!.]*.*"))
+    contents |= {name: "" for name in files if name not in contents}
+    lines += [f"{f'{config.output_dir}/{name}':<36}  {text}" for name, text in contents.items()]
     lines += [
-        f"to evaluate it again: accelerate launch evaluate.py --model_dir {config.output_dir}/best",
-        f"to train it further:  accelerate launch train.py --model_name_or_path {config.output_dir}/best --output_dir FOLDER",
+        f"to evaluate: accelerate launch evaluate.py --model_dir {config.output_dir}/best",
+        f"to train on: accelerate launch train.py --model_name_or_path {config.output_dir}/best "
+        "--output_dir FOLDER",
     ]
-    return "\n".join(lines)
-
-
-def first_line(log: Path) -> dict | None:
-    """What `start_trackers` wrote into log.jsonl, or None."""
-    try:
-        with open(log, encoding="utf-8") as file:
-            return json.loads(file.readline())
-    except (OSError, ValueError):  # there is none, or the process was killed while it wrote it
-        return None
+    return "\n".join(line.rstrip() for line in lines)

@@ -13,17 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import config
-from config import (
-    INSTEAD,
-    Config,
-    EvaluateConfig,
-    WrongOption,
-    make_parser,
-    option,
-    read_config,
-    read_options,
-    what_numbers_depend_on,
-)
+from config import Config, EvaluateConfig, read_config, what_numbers_depend_on
+from runtime.options import INSTEAD, WrongOption, make_parser, option, read_options
 
 EXAMPLES = settings(
     max_examples=100, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -312,7 +303,6 @@ def test_the_options_of_evaluate():
         (["--model_dir", ""], "--model_dir is ''"),
         (["--model_dir", "m", "--per_device_eval_batch_size", "0"], "at least 1"),
         (["--model_dir", "m", "--per_device_batch_size", "1"], "--per_device_eval_batch_size"),
-        (["--model_dir", "m", "--num_negatives", "1"], "--num_negatives: an option of train.py"),
         (["--model_dir", "m", "--gallery"], "tools/gallery.py"),
         (["--modeldir", "m"], "is it --model_dir?; --model_dir is missing"),
     ],
@@ -357,7 +347,6 @@ def test_options_of_ones_own():
 
     assert read_options(Mine, ["--share", "60"]) == Mine(60.0)
     assert "in % (default: 50.0; at least 1)" in make_parser(Mine).format_help()
-    assert "--seed: an option of train.py" in refused("--seed", 1, kind=Mine)
 
 
 def test_help_has_headings():

@@ -1,0 +1,137 @@
+"""The order of the rows, global batches, padding. And the contract of a task, which is this:
+
+N rows, M items, B batch, C candidates. train.py, evaluate.py and runtime/ hold for any task that
+keeps what stands here.
+
+A data set has
+    len(dataset)        M items. In training and in the shared evaluation an item is a row.
+    __getitems__(keys)  a whole batch, made of Keys: `index` int64 (B,), -1 for padding; `weight`
+                        float32 (B,), in training; and whatever the model's `forward` takes.
+    item_weights        float64 (M,), above 0: how much an item counts in a mean. Ones, or its
+                        number of tokens.
+    labels              (N, ...), the label_ids of compute_metrics.
+    positions           int64 (N,), where the rows stand in pandas.read_csv of the file.
+    groups              [(range of items, batch sizes in a batch)]: which may share a batch.
+    name_item(i), name_row(i)  what messages call them: a file and a row.
+A rerank evaluation is one whose items are not its rows. Its data set also has
+    score(outputs)      {name: (M, ...)}, what `forward` returned, to float32 (N, C). -inf pads.
+
+A model has forward(**batch). It returns a dict of tensors, whose first axis is the items. For
+training and the shared evaluation it has `losses`, float32 (B,): of each item the mean over what
+its weight counts. The others may have any shape. Where widths differ between batches they are
+padded: floats with -inf, whole numbers with -100.
+
+compute_metrics(EvalPrediction) returns {name: number}, as for Trainer. `predictions` is what
+`forward` returned besides `losses`, one array or a tuple; in a rerank evaluation it is the scores.
+`label_ids` is `labels`, and `inputs` is `positions`: `frame.iloc[prediction.inputs]` are the rows.
+It runs on every process, on the same arrays, and writes no file.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from runtime.launch import leave_signals_to_the_main_process
+
+
+class Key(NamedTuple):
+    """What a sampler asks of a data set. A weight of 0 is padding: the row makes a batch full and
+    counts for nothing.
+    """
+
+    index: int
+    epoch: int = 0
+    weight: float = 1.0
+
+
+def make_train_dataloader(accelerator, dataset, state, config) -> DataLoader:
+    """One for the whole run: its sampler knows epochs, and workers start once."""
+    sampler = TrainSampler(
+        dataset.item_weights, state.global_batch_size, state.num_updates, config.seed, state.step
+    )
+    return make_dataloader(
+        accelerator,
+        dataset,
+        config.dataloader_num_workers,
+        sampler=sampler,
+        batch_size=config.per_device_train_batch_size,
+    )
+
+
+def make_dataloader(accelerator, dataset, num_workers: int, **sampling) -> DataLoader:
+    """A DataLoader over a data set of the contract. sampling: its sampler, or its batches."""
+    return DataLoader(
+        dataset,
+        collate_fn=whole,
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_main_process,
+        # Else iterating draws from the random state that dropout uses, and a resumed run differs.
+        generator=torch.Generator(),
+        pin_memory=accelerator.device.type == "cuda",
+        **sampling,
+    )
+
+
+def whole(batch):
+    """The collate_fn: `__getitems__` makes a whole batch already."""
+    return batch
+
+
+class TrainSampler(Sampler):
+    """The Keys of training: a function of the seed and the update alone, whatever the launch.
+
+    An epoch is one permutation of the items. It is cut into global batches of G. An item weighs G x
+    w / (the sum of w over its global batch), so a plain mean over G is the mean by weight. The last
+    batch of an epoch is padded to G.
+    """
+
+    def __init__(self, item_weights, global_batch_size, num_updates, seed, first_update=0):
+        """item_weights: float64 (M,), above 0. first_update: how many updates are done already."""
+        self.item_weights, self.global_batch_size = np.asarray(item_weights), global_batch_size
+        self.num_updates, self.seed, self.first_update = num_updates, seed, first_update
+
+    def __len__(self):
+        return (self.num_updates - self.first_update) * self.global_batch_size
+
+    def __iter__(self):
+        per_epoch = updates_per_epoch(len(self.item_weights), self.global_batch_size)
+        epoch, done = divmod(self.first_update, per_epoch)
+        start = done * self.global_batch_size
+        return itertools.islice(self.endless(epoch), start, start + len(self))
+
+    def endless(self, first_epoch):
+        size = self.global_batch_size
+        for epoch in itertools.count(first_epoch):
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.item_weights))
+            for start in range(0, len(order), size):
+                items = order[start : start + size]
+                weights = self.item_weights[items]
+                weights = size * weights / weights.sum()
+                yield from map(Key, items.tolist(), itertools.repeat(epoch), weights.tolist())
+                yield from [Key(int(items[0]), epoch, 0.0)] * (size - len(items))
+
+
+def updates_per_epoch(num_items: int, global_batch_size: int) -> int:
+    return math.ceil(num_items / global_batch_size)
+
+
+def evaluation_batches(
+    groups: list[tuple[range, int]], batch_size: int, num_processes: int
+) -> list[list[Key]]:
+    """The batches of an evaluation, as many for each process. groups: as in the contract.
+
+    Batches are cut before they are dealt, and padded to whole batch sizes. The last bits of an
+    output can depend on the shape of its batch, so the same weights give the same bits on any
+    number of processes.
+    """
+    batches = []
+    for items, multiple in groups:
+        keys = [Key(item) for item in items]
+        keys += [Key(items[0], weight=0.0)] * (-len(keys) % batch_size)
+        length = multiple * batch_size
+        batches += [keys[start : start + length] for start in range(0, len(keys), length)]
+    return batches + [[Key(0, weight=0.0)]] * (-len(batches) % num_processes)

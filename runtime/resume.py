@@ -1,0 +1,250 @@
+"""The state of a run, the checkpoint that it resumes from, and whether it may.
+
+A resume goes in this order: find the checkpoint; load the model from it; read the data with the
+preprocessing of that model; compare what the numbers depend on; load the optimizer.
+"""
+
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from runtime.batches import updates_per_epoch
+from runtime.checkpoint import MANIFEST, check_checkpoint, newest_checkpoint, read_checkpoint
+from runtime.launch import UserError, check_shared, describe_strategy, make_writable
+
+PACKAGES = ("torch", "accelerate", "transformers", "numpy")
+
+
+@dataclass
+class TrainState:
+    """Where a run is. Everything else follows from the config and from `step`."""
+
+    num_updates: int
+    global_batch_size: int
+    depends_on: dict  # what the numbers depend on; a checkpoint has it too
+    training_config: dict  # what is saved beside the weights
+    versions: dict  # {package: version}
+    name_item: Callable[[int], str]  # what messages call an item of the training data
+
+    # Saved in checkpoints:
+    step: int = 0  # updates done
+    done: bool = False  # whether what is due at this step (log, evaluate, save) is done
+    best_step: int | None = None
+    best_value: float | None = None
+    evaluations: dict = field(default_factory=dict)  # {step: {"eval/loss": ...}}
+    losses: list = field(default_factory=list)  # weight x loss of each item since the last log
+    items: int = 0  # since the last log, and so are the seconds
+    seconds: float = 0.0
+    grad_norm: torch.Tensor | float = 0.0  # of the last update, and so is the learning rate
+    learning_rate: float = 0.0
+
+    # Not saved. Losses still on the device, one entry a micro-batch: (step, learning rate,
+    # index (B,), weight (B,), losses (B,)).
+    window: list = field(default_factory=list)
+    window_began: float = 0.0  # when the window began, and when training did, in seconds
+    began: float = 0.0
+    progress: tqdm = field(default_factory=lambda: tqdm(disable=True))  # the bar on the screen
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.num_updates and self.done
+
+    def is_due(self, every: int) -> bool:
+        """Whether what happens every so many updates is due now. It is after the last one."""
+        due = every > 0 and self.step % every == 0
+        return self.step > 0 and (due or self.step == self.num_updates)
+
+    def to_save(self) -> dict:
+        """What JSON can hold; `restore` takes it."""
+        return {name: getattr(self, name) for name in SAVED}
+
+    def restore(self, saved):
+        for name in SAVED:
+            setattr(self, name, saved[name])
+        # JSON has only text for keys.
+        self.evaluations = {int(step): values for step, values in self.evaluations.items()}
+
+
+SAVED = ("step", "done", "best_step", "best_value", "evaluations")
+SAVED += ("losses", "items", "seconds", "grad_norm", "learning_rate")
+
+
+def make_state(accelerator: Accelerator, config, train_dataset, depends_on: dict) -> TrainState:
+    """The state before the first update. depends_on: what the numbers depend on. Raises UserError.
+
+    config: a dataclass with the options of that name.
+    """
+    num_items = len(train_dataset)
+    global_batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    global_batch_size *= accelerator.num_processes
+    if global_batch_size > num_items:
+        raise UserError(
+            f"a global batch of {global_batch_size} rows is more than the {num_items} rows of "
+            f"{train_dataset.path}"
+        )
+    num_updates = config.num_train_epochs * updates_per_epoch(num_items, global_batch_size)
+    precision = {"mixed_precision": accelerator.mixed_precision}
+    # How G is cut changes only rounding. Some strategies add the number of processes.
+    depends_on = depends_on | {"global_batch_size": global_batch_size} | precision
+    return TrainState(
+        num_updates=config.max_steps if config.max_steps > 0 else num_updates,
+        global_batch_size=global_batch_size,
+        depends_on=depends_on | describe_strategy(accelerator),
+        training_config=asdict(config) | precision,
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        name_item=train_dataset.name_item,
+    )
+
+
+def collect_losses(accelerator: Accelerator, state: TrainState):
+    """Move the losses that are still on the device into `state`, of every process.
+
+    The one place where training waits for the device. Every process must call this.
+    Raises UserError if a loss or the gradient is not finite.
+    """
+    if not state.window:
+        return
+    # Each a list, with one entry for each micro-batch of this process.
+    steps, learning_rates, *columns = zip(*state.window, strict=True)
+    shape = (accelerator.num_processes, *torch.stack(columns[0]).shape)  # (W, micro-batches, B)
+    index, weight, losses = (
+        accelerator.gather(torch.stack(column)).cpu().view(shape) for column in columns
+    )
+    state.grad_norm = float(state.grad_norm)
+    state.seconds += time.perf_counter() - state.window_began
+    state.window_began = time.perf_counter()
+    state.window.clear()
+
+    broken = ~losses.isfinite() & (index >= 0)
+    if broken.any():
+        first = broken.any(2).any(0).nonzero()[0].item()  # the first such micro-batch
+        items = sorted({state.name_item(i) for i in index[:, first][broken[:, first]].tolist()})
+        raise UserError(
+            f"the loss of update {steps[first] + 1} is not finite "
+            f"(learning rate {learning_rates[first]:.3g}), {len(items)} rows: "
+            f"{'; '.join(items[:5])}: lower --learning_rate, or look at these rows. "
+            "What was saved before is safe"
+        )
+    # With fp16 such an update is skipped by the scaler.
+    if not math.isfinite(state.grad_norm) and accelerator.mixed_precision != "fp16":
+        raise UserError(
+            f"the gradient of update {state.step} is not finite "
+            f"(learning rate {learning_rates[-1]:.3g}): lower --learning_rate"
+        )
+    state.losses += (weight * losses).double().flatten().tolist()
+    state.items += (index >= 0).sum().item()
+
+
+def training_metrics(state: TrainState) -> dict[str, float]:
+    """{"train/...": value} since the last log. The loss is a mean of the updates' means."""
+    if not state.losses:
+        return {}
+    values = {
+        # Summed exactly: the order changes no bit, nor do interruptions and processes.
+        "train/loss": math.fsum(state.losses) / len(state.losses),
+        "train/grad_norm": state.grad_norm,
+        "train/learning_rate": state.learning_rate,
+        "train/samples_per_second": state.items / state.seconds,
+    }
+    state.losses, state.items, state.seconds = [], 0, 0.0
+    return values
+
+
+def make_output_dir(accelerator: Accelerator, output_dir: str, resume_from_checkpoint: str):
+    """Make the folder. All must be able to write to it, and it must hold no other run.
+
+    Every process must call this. Raises UserError.
+    """
+    folder = Path(output_dir)
+    named = Path(resume_from_checkpoint)
+    if resume_from_checkpoint not in ("auto", "never") and not (named / MANIFEST).is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {named}: no checkpoint is there; "
+            "name a folder like output/checkpoints/step_00000200"
+        )
+    resumes = resume_from_checkpoint != "never" and (
+        resume_from_checkpoint == "auto" or named.resolve().is_relative_to(folder.resolve())
+    )
+    if (folder / "log.jsonl").exists() and not resumes:
+        raise UserError(
+            f"--output_dir {folder} holds a run already: name another one, remove it, "
+            "or leave --resume_from_checkpoint out"
+        )
+    accelerator.wait_for_everyone()  # nobody writes before all have looked
+    make_writable(folder)
+    check_shared(accelerator, folder)
+
+
+def find_checkpoint(
+    accelerator: Accelerator, output_dir: str, resume_from_checkpoint: str
+) -> Path | None:
+    """The checkpoint that the run resumes from, or None. Every process must call this."""
+    if resume_from_checkpoint == "never":
+        return None
+    if resume_from_checkpoint == "auto":
+        return newest_checkpoint(accelerator, Path(output_dir) / "checkpoints")
+    problem = check_checkpoint(accelerator, Path(resume_from_checkpoint))
+    if problem is not None:
+        raise UserError(
+            f"--resume_from_checkpoint {resume_from_checkpoint}: it is damaged: {problem}"
+        )
+    return Path(resume_from_checkpoint)
+
+
+def resume(accelerator: Accelerator, state: TrainState, checkpoint: Path | None, output_dir: str):
+    """Make `state` that of the checkpoint, if the run may resume from it. Raises UserError.
+
+    It may if everything that the numbers depend on is as it was. Without a checkpoint the same is
+    asked of the run whose log is in output_dir.
+    """
+    folder = Path(output_dir)
+    if checkpoint is None:
+        before = first_line(folder / "log.jsonl")
+        if before is not None:
+            compare(state, before["depends_on"], folder)
+            accelerator.print(f"{folder} holds a run without a whole checkpoint: it starts again")
+        return
+    manifest, saved = read_checkpoint(checkpoint)
+    compare(state, manifest["depends_on"], checkpoint)
+    state.restore(saved)
+    if not (folder / "best").exists():  # resumed in another folder: its next evaluation is the best
+        state.best_step = state.best_value = None
+    if not state.finished:
+        versions = manifest["versions"]
+        others = [name for name in state.versions if versions.get(name) != state.versions[name]]
+        warning = (
+            f" (last bits may differ: other versions of {', '.join(others)})" if others else ""
+        )
+        accelerator.print(f"resuming after update {state.step}: {checkpoint}{warning}")
+
+
+def compare(state, before, what):
+    if state.depends_on["model"] is None:  # the base model is gone, and is not needed any more
+        state.depends_on["model"] = before.get("model")
+    differences = [
+        f"{name} was {before.get(name)}, is {value}"
+        for name, value in state.depends_on.items()
+        if before.get(name) != value
+    ]
+    if differences:
+        raise UserError(
+            f"{what} belongs to a run with other settings: {'; '.join(differences)}: "
+            "launch as before, or name another --output_dir"
+        )
+
+
+def first_line(log: Path) -> dict | None:
+    """What `start_trackers` wrote into log.jsonl, or None."""
+    try:
+        with open(log, encoding="utf-8") as file:
+            return json.loads(file.readline())
+    except (OSError, ValueError):  # there is none, or a kill cut it short
+        return None
