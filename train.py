@@ -15,6 +15,7 @@ of the optimizer.
 import importlib.util
 import math
 import sys
+from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
