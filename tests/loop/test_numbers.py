@@ -1,0 +1,479 @@
+"""The same numbers, however the run is launched, and the numbers are what they are said to be.
+
+Each way of running is held against one process and against a record of what torch saw. Then faults
+are planted, and each must be found. The learning rate is low: rounding differences grow with it
+from update to update, and would hide what a test is to see.
+"""
+
+import json
+import math
+import re
+import socket
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import column, launch, read_log
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+GLOBAL_BATCH, UPDATES = 12, 30
+OPTIONS = ["--max_steps", UPDATES, "--logging_steps", 1, "--eval_steps", 0, "--save_steps", 0]
+OPTIONS += ["--learning_rate", 3e-5, "--per_device_eval_batch_size", 4, "--report_to", "none"]
+# Without clipping, so that the optimizer is given the gradient as it was computed.
+UNCLIPPED = ["--max_steps", 10, "--eval_steps", 5, "--save_steps", 5, "--max_grad_norm", 0]
+
+WAYS = {  # {name: (config, what the log calls the strategy, processes, accumulation)}
+    "1 process": ("cpu", "NO", 1, 1),
+    "1 process, accumulation 2": ("cpu", "NO", 1, 2),
+    "1 process, accumulation 4": ("cpu", "NO", 1, 4),
+    "DDP × 2": ("cpu_2_processes", "MULTI_CPU", 2, 1),
+    "DDP × 2, accumulation 3": ("cpu_2_processes", "MULTI_CPU", 2, 3),
+    "DDP × 3": ("cpu_2_processes", "MULTI_CPU", 3, 1),
+    "DDP × 4": ("cpu_2_processes", "MULTI_CPU", 4, 1),
+    "DDP, 2 machines × 1": ("two_machines", "MULTI_CPU", 2, 1),
+    "ZeRO-1 × 2": ("zero1", "DEEPSPEED", 2, 1),
+    "ZeRO-2 × 2": ("zero2", "DEEPSPEED", 2, 1),
+    "ZeRO-3 × 2": ("zero3", "DEEPSPEED", 2, 1),
+    "ZeRO-3, 2 machines × 1, accumulation 2": ("two_machines_zero3", "DEEPSPEED", 2, 2),
+    "FSDP2 × 2": ("fsdp2", "FSDP", 2, 1),
+}
+SHORT = list(WAYS)[:6]  # the others with --all
+EACH_WAY = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in WAYS]
+)
+
+# What is measured of a run, and how large it may be. Counts are of what is not as it should be.
+BOUNDS = {
+    # Forwards in the wrong mode, or around the wrapper.
+    "forwards": 0,
+    # Training items that an epoch did not see exactly once, and those of other updates than on one
+    # process. Items that an evaluation did not see exactly once.
+    "rows": 0,
+    "rows of an update": 0,
+    "items": 0,
+    # The logged loss and the mean over the recorded losses, by weight: relative. float32 has 6e-8.
+    "logged loss": 1e-6,
+    "logged evaluation loss": 1e-6,
+    # Processes that hold other weights, or that computed metrics of other arrays, than the first.
+    "replicas": 0,
+    "arrays": 0,
+    # The gradient and the mean over its items' gradients: their distance, relative. A batch of one
+    # takes other code paths than one of twelve, with other rounding.
+    "gradient": 1e-4,
+    # From here on against one process. Of a row and of an update: relative.
+    "loss": 1e-5,
+    "grad_norm": 1e-4,
+    "learning_rate": 0,
+    # The distance of the two ends, as a share of the way from the beginning. AdamW makes full steps
+    # of a gradient that is only rounding.
+    "weights": 0.01,
+    # Arrays and metrics of the untrained model that are not equal to the bit.
+    "first evaluation": 0,
+}
+
+
+class Run:
+    """What a run left: its log, its record of each process, its last checkpoint."""
+
+    def __init__(self, folder, name, processes, accumulation=1, first_update=0):
+        self.output, self.processes, self.accumulation = folder / name, processes, accumulation
+        self.first_update = first_update
+        self.records = [
+            torch.load(folder / f"{name}.{rank}.pt", weights_only=False)
+            for rank in range(processes)
+        ]
+        self.error = self.records[0]["error"]
+        self.first, self.lines = read_log(self.output)
+        self.checkpoint = max((self.output / "checkpoints").glob("step_*"), default=None)
+        self.training = [
+            [forward for forward in record["forwards"] if forward["evaluation"] is None]
+            for record in self.records
+        ]
+        number = next((forward["dataset"] for forward in self.training[0]), None)
+        self.weights = self.records[0]["items"][number]["weights"] if number is not None else []
+        self.names = self.records[0]["items"][number]["names"] if number is not None else []
+
+    def rows_of(self, update):
+        """[(epoch, item, loss)] of an update, of all processes, without padding."""
+        start = (update - self.first_update) * self.accumulation
+        return sorted(
+            (forward["epoch"], item, loss)
+            for training in self.training
+            for forward in training[start : start + self.accumulation]
+            for item, loss in zip(forward["index"], forward["losses"], strict=True)
+            if item >= 0
+        )
+
+    @property
+    def updates(self):
+        return range(self.first_update, max(line["step"] for line in self.lines))
+
+    def evaluations(self):
+        """{(name, step): [(item, loss or None, data set)] of all processes, without padding}."""
+        found = {}
+        for record in self.records:
+            for forward in record["forwards"]:
+                if forward["evaluation"] is not None:
+                    losses = forward["losses"] or [None] * len(forward["index"])
+                    found.setdefault(forward["evaluation"], []).extend(
+                        (item, loss, forward["dataset"])
+                        for item, loss in zip(forward["index"], losses, strict=True)
+                        if item >= 0
+                    )
+        return found
+
+
+def worst(found):
+    """The largest of [(amount, where)]. A NaN is the largest."""
+    found = [(math.inf if math.isnan(amount) else amount, where) for amount, where in found]
+    return max(found, key=lambda each: each[0], default=(0, ""))
+
+
+def relative(ours, theirs):
+    return abs(ours - theirs) / max(abs(theirs), 1e-30)
+
+
+def weighted_mean(weights, losses):
+    total = math.fsum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+    return total / math.fsum(weights) if weights else math.nan
+
+
+def measure(run, one=None):
+    """{what: (how much, where it is most)}, of a run by itself and against one process."""
+    steps = {line["step"]: line for line in run.lines}
+    found = {"forwards": wrong_forwards(run), "rows": rows_not_once(run)}
+    found["logged loss"] = [
+        (relative(steps[update + 1]["train/loss"], mean_loss(run, update)), f"update {update + 1}")
+        for update in run.updates
+    ]
+    found["items"], found["logged evaluation loss"] = [], []
+    for (name, step), items in run.evaluations().items():
+        known = run.records[0]["items"][items[0][2]]
+        times = Counter(item for item, _, _ in items)
+        wrong = sum(times[item] != 1 for item in range(len(known["weights"])))
+        found["items"].append((wrong, f"{name} at {step}"))
+        if items[0][1] is not None and f"{name}/loss" in steps[step]:
+            weights = [known["weights"][item] for item, _, _ in items]
+            mean = weighted_mean(weights, [loss for _, loss, _ in items])
+            amount = relative(steps[step][f"{name}/loss"], mean)
+            found["logged evaluation loss"].append((amount, f"{name} at {step}"))
+    found["arrays"] = [
+        (different_arrays(*pair), f"process {rank}")
+        for rank in range(run.processes)
+        for pair in zip(predictions(run, rank), predictions(run, 0), strict=True)
+    ]
+    recorded = [record["updates"] for record in run.records]
+    found["replicas"], found["gradient"] = [], []
+    for update, of_processes in zip(run.updates, zip(*recorded, strict=True), strict=False):
+        mean = sum(each["sum"] for each in of_processes)
+        mean = mean / sum(each["weight"] for each in of_processes)
+        for rank, each in enumerate(of_processes):
+            where = f"update {update + 1}, process {rank}"
+            distance = (each["gradient"] - mean).norm() / mean.norm()
+            found["gradient"].append((distance.item(), where))
+            same = each["weights"].equal(of_processes[0]["weights"])
+            found["replicas"].append((int(not same), where))
+    if one is not None:
+        found |= compare(run, one)
+    return {what: worst(amounts) for what, amounts in found.items()}
+
+
+def wrong_forwards(run):
+    found = []
+    for rank, record in enumerate(run.records):
+        updates = 0
+        for forward in record["forwards"]:
+            trains = forward["evaluation"] is None
+            right = forward["training"] == forward["gradient"] == trains
+            right = right and forward["wrapped"] == (run.processes > 1)
+            updates += trains
+            update = 1 + run.first_update + (updates - 1) // run.accumulation
+            where = f"update {update}" if trains else "{} at {}".format(*forward["evaluation"])
+            found.append((int(not right), f"{where}, process {rank}"))
+    return found
+
+
+def rows_not_once(run):
+    """Of each epoch that the run saw whole; in the others none may be there twice."""
+    rows = [row for update in run.updates for row in run.rows_of(update)]
+    epochs = sorted({epoch for epoch, _, _ in rows})
+    found = []
+    for epoch in epochs:
+        times = Counter(item for each, item, _ in rows if each == epoch)
+        whole = epoch > 0 and epochs[0] < epoch < epochs[-1] or run.first_update == epoch == 0
+        allowed = {1} if whole and epoch < epochs[-1] else {0, 1}
+        wrong = sum(times[item] not in allowed for item in range(len(run.weights)))
+        found.append((wrong, f"epoch {epoch}"))
+    return found
+
+
+def mean_loss(run, update):
+    rows = run.rows_of(update)
+    return weighted_mean([run.weights[item] for _, item, _ in rows], [loss for *_, loss in rows])
+
+
+def predictions(run, rank=0):
+    """[(name, step, arrays)] of the evaluations of a process."""
+    return run.records[rank]["predictions"]
+
+
+def different_arrays(ours, theirs):
+    same = ours[0] == theirs[0] and len(ours[2]) == len(theirs[2])
+    pairs = zip(ours[2], theirs[2], strict=True) if same else []
+    return sum(not np.array_equal(a, b) or a.dtype != b.dtype for a, b in pairs) + (not same)
+
+
+def compare(run, one):
+    found = {"rows of an update": [], "loss": []}
+    for update in run.updates:
+        ours, theirs = run.rows_of(update), one.rows_of(update)
+        same = [row[:2] for row in ours] == [row[:2] for row in theirs]
+        found["rows of an update"].append((int(not same), f"update {update + 1}"))
+        if same:
+            found["loss"] += [
+                (relative(a[2], b[2]), f"update {update + 1}")
+                for a, b in zip(ours, theirs, strict=True)
+            ]
+    for name in ("grad_norm", "learning_rate"):
+        ours, theirs = (column(each.lines, f"train/{name}") for each in (run, one))
+        found[name] = [(relative(ours[s], theirs[s]), f"update {s}") for s in ours]
+    start = load_file(Path(run.first["config"]["model_name_or_path"], "model.safetensors"))
+    ours, end = (load_file(each.checkpoint / "model.safetensors") for each in (run, one))
+    found["weights"] = [(distance(ours, end) / distance(start, end), "the end")]
+    if run.first_update == 0:
+        names = [name for name in one.lines[0] if not name.startswith("train/")]
+        found["first evaluation"] = [
+            (int(run.lines[0].get(name) != one.lines[0][name]), name) for name in names
+        ] + [
+            (different_arrays(a, b), f"{a[0]} at {a[1]}")
+            for a, b in zip(predictions(run), predictions(one), strict=False)
+            if a[1] == 0
+        ]
+    return found
+
+
+def distance(weights, others):
+    assert weights.keys() == others.keys()
+    return math.sqrt(
+        sum((weights[name].double() - others[name]).square().sum().item() for name in others)
+    )
+
+
+def beyond_bounds(found):
+    return {what: value for what, value in found.items() if not value[0] <= BOUNDS[what]}
+
+
+# ---- the runs: those that can share a launch do
+
+
+class Runs:
+    """Each way of running, launched when it is first asked for, and the runs with faults."""
+
+    def __init__(self, tiny, folder):
+        self.tiny, self.folder, self.known = tiny, folder, {}
+
+    def __getitem__(self, name):
+        if name not in self.known:
+            if name in WAYS:
+                self.launch_way(name)
+            elif name == "unclipped":
+                self["1 process"]
+            else:
+                self.launch_faults()
+        return self.known[name]
+
+    def launch_way(self, name):
+        config, _, processes, _ = way = WAYS[name]
+        share = way[:2] in (("cpu", "NO"), ("cpu_2_processes", "MULTI_CPU"))
+        names = [each for each in WAYS if share and WAYS[each][:3] == way[:3]] or [name]
+        folder, runs = self.folder / re.sub(r"\W+", "_", name), []
+        for each in names:
+            flags = ["--per_device_train_batch_size", GLOBAL_BATCH // processes // WAYS[each][3]]
+            flags += ["--gradient_accumulation_steps", WAYS[each][3]]
+            runs.append(self.describe(folder, each, *flags))
+        if processes == 1:
+            flags = ["--per_device_train_batch_size", GLOBAL_BATCH, *UNCLIPPED]
+            runs.append(self.describe(folder, "unclipped", *flags, gradients=True))
+        self.launch(folder, runs, config, processes)
+        for each in names:
+            self.known[each] = Run(folder, each, processes, WAYS[each][3])
+        if processes == 1:
+            self.known["unclipped"] = Run(folder, "unclipped", 1)
+
+    def launch_faults(self):
+        folder = self.folder / "faults"
+        flags = ["--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2, *UNCLIPPED]
+        runs = [self.describe(folder, "none", *flags, gradients=True)]
+        resumed = ["--resume_from_checkpoint", folder / "none" / "checkpoints" / "step_00000005"]
+        runs.append(self.describe(folder, "resumed", *flags, *resumed, gradients=True))
+        for fault in [*FAULTS, *IN_ONE_LINE, "outputs of uneven width"]:
+            others = resumed if "resume" in fault else []
+            runs.append(
+                self.describe(folder, fault, *flags, *others, gradients=True) | {"fault": fault}
+            )
+        self.launch(folder, runs, "cpu_2_processes", 2)
+        for run in runs:
+            first = 5 if "resume" in run["name"] else 0
+            self.known[run["name"]] = Run(folder, run["name"], 2, 2, first)
+
+    def describe(self, folder, name, *flags, gradients=False):
+        arguments = self.tiny.flags(folder / name, *OPTIONS, *flags)
+        return {
+            "name": name, "program": "train.py", "arguments": arguments, "gradients": gradients
+        }  # fmt: skip
+
+    def launch(self, folder, runs, config, processes):
+        folder.mkdir()
+        options = {"config": config, "processes": processes, "mixed_precision": "no"}
+        options |= {"RUNS": json.dumps(runs), "FOLDER": str(folder)}
+        if config == "fsdp2":
+            options["FSDP2_ON_CPU"] = "1"
+        script = "tests/loop/recorded_run.py"
+        if not config.startswith("two_machines"):
+            return launch(script, **options)
+        # Two launches at the same time, as on two machines. They meet at a port of this one.
+        with socket.socket() as free, ThreadPoolExecutor() as pool:
+            free.bind(("", 0))
+            flags = ["--main_process_ip", "127.0.0.1", "--main_process_port", free.getsockname()[1]]
+            free.close()
+            machines = [
+                pool.submit(
+                    launch, script, launch_flags=["--machine_rank", rank, *flags], **options
+                )
+                for rank in (0, 1)
+            ]
+        return [machine.result() for machine in machines]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    return Runs(tiny, tmp_path_factory.mktemp("numbers"))
+
+
+@EACH_WAY
+def test_the_launch_is_the_one_that_was_asked_for(name, runs):
+    _, strategy, processes, _ = WAYS[name]
+    assert (runs[name].first["strategy"], runs[name].first["processes"]) == (strategy, processes)
+    assert [line["step"] for line in runs[name].lines] == list(range(UPDATES + 1))
+
+
+@EACH_WAY
+def test_the_numbers_are_those_of_one_process(name, runs):
+    found = measure(runs[name], runs["1 process"])
+    assert not beyond_bounds(found)
+
+
+def test_the_gradient_is_the_mean_over_the_items_by_their_weight(runs):
+    found = measure(runs["unclipped"])
+    assert len(runs["unclipped"].records[0]["updates"]) == 10 and not beyond_bounds(found)
+
+
+# ---- evaluate.py
+
+
+@pytest.fixture(scope="module")
+def evaluated(runs, tiny, pytestconfig):
+    """{way: (what evaluate.py printed, its record)}: each way's last checkpoint, on one process."""
+    everything = pytestconfig.getoption("--all") or pytestconfig.getoption("--write-table")
+    names = list(WAYS) if everything else SHORT
+    folder = runs.folder / "evaluated"
+    descriptions = []
+    for name in names:
+        arguments = ["--model_dir", runs[name].checkpoint, "--output_dir", folder / name]
+        descriptions.append(
+            {"name": name, "program": "evaluate.py", "arguments": [str(word) for word in arguments]}
+        )
+    done = runs.launch(folder, descriptions, "cpu", 1)
+    parts = re.split(r"^the files of the evaluation are in .*$", done.stdout, flags=re.MULTILINE)
+    printed = [dict(re.findall(r"^(\S+/\S+) +(\S+)$", part, re.MULTILINE)) for part in parts]
+    records = [torch.load(folder / f"{name}.0.pt", weights_only=False) for name in names]
+    return dict(zip(names, zip(printed, records, strict=False), strict=True))
+
+
+@EACH_WAY
+def test_evaluate_gives_what_training_logged(name, runs, evaluated):
+    printed, record = evaluated[name]
+    last = runs[name].lines[-1]
+    assert printed == {
+        metric: f"{value:.6f}"
+        for metric, value in last.items()
+        if metric != "step" and not metric.startswith("train/")
+    }
+    ours = [each for each in predictions(runs[name]) if each[1] == UPDATES]
+    assert not any(different_arrays(a, b) for a, b in zip(record["predictions"], ours, strict=True))
+    for path in (runs.folder / "evaluated" / name).iterdir():  # what a report has left, if any
+        assert path.read_bytes() == (runs[name].output / path.name).read_bytes(), path.name
+
+
+# ---- faults, put in on purpose, and the check that finds each
+
+
+FAULTS = {
+    "a DataLoader that is not prepared": "rows",
+    "a forward around the wrapper": "gradient",
+    "a mean of batch means": "gradient",
+    "a gradient divided twice by the accumulation": "gradient",
+    "a mean of batch means in the evaluation": "logged evaluation loss",
+    "a positional join after the gather": "first evaluation",
+    "a schedule stepped once per process": "learning_rate",
+    "rows reshuffled on resume": "rows of an update",
+    "a model left in evaluation mode": "forwards",
+}
+IN_ONE_LINE = {
+    "a loss that is not finite": r"the loss of update \d is not finite \(.*\), 1 rows: (.*): lower",
+    "an evaluation that is not finite": r"the loss is not finite for 1 rows: (.*)",
+}
+
+
+@pytest.mark.parametrize("name", ["none", "resumed"])
+def test_no_fault_is_found_where_there_is_none(name, runs):
+    found = measure(runs[name], runs["unclipped"])
+    assert found.keys() >= BOUNDS.keys() - {"first evaluation"} and not beyond_bounds(found)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault, runs):
+    found = measure(runs[fault], runs["unclipped"])
+    assert FAULTS[fault] in beyond_bounds(found)
+
+
+@pytest.mark.parametrize("what", IN_ONE_LINE)
+def test_what_is_not_finite_is_named(what, runs):
+    message = re.fullmatch(IN_ONE_LINE[what] + ".*", runs[what].error)
+    assert message, runs[what].error
+    if "loss" in what:
+        assert message[1] == runs["none"].names[7]
+
+
+def test_outputs_of_uneven_width_come_to_their_rows(runs):
+    found = predictions(runs["outputs of uneven width"])
+    arrays = [arrays[-3] for name, _, arrays in found if f"{name}/loss" in runs["none"].lines[0]]
+    assert arrays and all(array.shape[1] > 1 for array in arrays)
+    for array in arrays:
+        rows = np.arange(len(array))[:, None]
+        assert ((array == rows) | (array == -100)).all() and (array[:, 0] == rows[:, 0]).all()
+
+
+# ---- whether the tiny task can tell
+
+
+def test_clipping_is_at_work_in_some_updates(runs):
+    norms = column(runs["1 process"].lines, "train/grad_norm").values()
+    limit = runs["1 process"].first["config"]["max_grad_norm"]
+    assert min(norms) < limit < max(norms), "set --max_grad_norm in OPTIONS of tests/tiny_task.py"
+
+
+def test_an_epoch_ends_with_a_batch_that_is_not_full(runs):
+    assert len(runs["1 process"].weights) % GLOBAL_BATCH
+
+
+def test_the_model_does_not_say_the_same_of_every_row(runs):
+    losses = [loss for _, _, loss in runs["1 process"].rows_of(0)]
+    assert np.std(losses) > 1e-3 * np.mean(losses)
+    for name, step, (*arrays, _, _) in predictions(runs["1 process"]):
+        different = max(len(np.unique(array, axis=0)) / len(array) for array in arrays)
+        assert different > 0.5, (name, step)
