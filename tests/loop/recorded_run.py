@@ -227,6 +227,8 @@ def main():
         except SystemExit as ended:
             assert not ended.code
         except (launch.UserError, RuntimeError) as error:
+            if "fault" not in run:
+                raise
             recorder.error = str(error)
         finally:
             stop_watching()

@@ -169,8 +169,10 @@ def measure(run, one=None):
     recorded = [record["updates"] for record in run.records]
     found["replicas"], found["gradient"] = [], []
     for update, of_processes in zip(run.updates, zip(*recorded, strict=True), strict=False):
-        mean = sum(each["sum"] for each in of_processes)
-        mean = mean / sum(each["weight"] for each in of_processes)
+        total = sum(each["weight"] for each in of_processes)
+        if total == 0:  # nothing but padding
+            continue
+        mean = sum(each["sum"] for each in of_processes) / total
         for rank, each in enumerate(of_processes):
             where = f"update {update + 1}, process {rank}"
             distance = (each["gradient"] - mean).norm() / mean.norm()
