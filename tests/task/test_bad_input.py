@@ -6,10 +6,12 @@ import io
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import launch, refused
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from page_data import save_image, write_csv
@@ -170,3 +172,30 @@ def test_an_image_that_unpacks_to_too_much(tmp_path):
     with pytest.raises(UserError, match="the limit is 50,000,000"):
         decode_image(path, 16)
     assert path.stat().st_size < 100_000
+
+
+# ---- by real launches
+
+
+@pytest.mark.slow
+def test_bad_data_is_one_line_on_two_processes(data_dir, tmp_path):
+    (data_dir / "elements" / "element_1.png").write_bytes(b"broken")
+    arguments = ["--data_dir", data_dir, "--output_dir", tmp_path / "output"]
+    message = refused("train.py", *arguments, config="cpu_2_processes")
+    assert "element_1.png: cannot be read as an image" in message and "train.csv, row" in message
+
+
+@pytest.mark.slow
+def test_a_worker_meets_a_broken_image(data_dir, tmp_path, tiny_model):
+    """Above the cache limit images are decoded by workers; what they raise is a line too."""
+    done = launch(
+        "tests/task/without_cache.py",
+        *("--data_dir", data_dir, "--output_dir", tmp_path / "output"),
+        *("--model_name_or_path", tiny_model, "--per_device_train_batch_size", 8),
+        *("--dataloader_num_workers", 1, "--num_negatives", 3, "--report_to", "none"),
+        check=False,
+        BREAK=str(data_dir / "images" / "train 7.png"),
+    )
+    assert done.returncode == 1 and re.search(
+        r"^error: .*train 7.png: cannot be read as an image", done.stdout, re.MULTILINE
+    ), done.stdout
