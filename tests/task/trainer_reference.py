@@ -168,28 +168,13 @@ class RerankTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _maybe_log_save_evaluate(
-        self,
-        tr_loss,
-        grad_norm,
-        model,
-        trial,
-        epoch,
-        ignore_keys_for_eval,
-        start_time,
-        learning_rate=None,
+        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys, start_time, learning_rate=None
     ):
         # Private: over the versions it had five arguments, six, seven, eight. It runs after global_step was counted, and once
         # more after the epoch, with nothing due. What is due stands in `control`, where super() clears it: so it is read before.
         due = self.control.should_evaluate
         super()._maybe_log_save_evaluate(
-            tr_loss,
-            grad_norm,
-            model,
-            trial,
-            epoch,
-            ignore_keys_for_eval,
-            start_time,
-            learning_rate=learning_rate,
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys, start_time, learning_rate
         )
         if due:
             self._rerank_evaluate()
@@ -206,19 +191,16 @@ class RerankTrainer(Trainer):
 
     def get_rerank_eval_dataloader(self):
         # Not by _get_dataloader, since Trainer has one data_collator for everything.
-        options = {
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory,
-        }
-        dataloader = DataLoader(
-            QueryDataset(self.rerank_dataset), batch_size=1, collate_fn=itemgetter(0), **options
-        )
-        return self.accelerator.prepare(
-            dataloader
-        )  # deals out the queries; it keeps every DataLoader until the run ends
+        options = {"batch_size": 1, "collate_fn": itemgetter(0)}
+        options["num_workers"] = self.args.dataloader_num_workers
+        options["pin_memory"] = self.args.dataloader_pin_memory
+        dataloader = DataLoader(QueryDataset(self.rerank_dataset), **options)
+        # Deals out the queries. It keeps every DataLoader until the run ends.
+        return self.accelerator.prepare(dataloader)
 
     def rerank_evaluation_loop(self, dataloader):
-        self.model.eval()  # not set back, here as in evaluation_loop: training_step calls model.train() at every micro-batch
+        # Not set back, here as in evaluation_loop: training_step calls model.train() each time.
+        self.model.eval()
         width = self.rerank_dataset.candidates.shape[1]  # C
         embeddings = {}  # element -> (D,)
         gathered = []
@@ -230,28 +212,21 @@ class RerankTrainer(Trainer):
                 page = self.model(images=batch["page"])["outputs"]  # (1, D)
                 if new:
                     outputs = self.model(images=batch["candidates"][new])["outputs"]  # (new, D)
-                    embeddings.update(
-                        zip([elements[column] for column in new], outputs, strict=True)
-                    )
-            candidates = torch.stack(
-                [embeddings[element] for element in elements]
-            )  # (candidates of this query, D)
+                    embeddings |= {elements[i]: row for i, row in zip(new, outputs, strict=True)}
+            candidates = torch.stack([embeddings[element] for element in elements])  # (its, D)
             scores = torch.full((1, width), -math.inf, device=page.device)  # (1, C)
             scores[0, : len(elements)] = (page * candidates).sum(1)
             # In the loop: only while it is at the last batch does it know which queries accelerate repeated, and drop them.
-            gathered.append(
-                self.accelerator.gather_for_metrics((batch["index"], scores))
-            )  # (W,), (W, C)
+            found = self.accelerator.gather_for_metrics((batch["index"], scores))  # (W,), (W, C)
+            gathered.append(found)
             if not self.cache:
                 embeddings.clear()
-        index, rows = (
-            torch.cat(columns).cpu() for columns in zip(*gathered, strict=True)
-        )  # (N,), (N, C)
+        columns = zip(*gathered, strict=True)
+        index, rows = (torch.cat(column).cpu() for column in columns)  # (N,), (N, C)
         scores = torch.full_like(rows, math.nan)
         scores[index] = rows
-        return self.compute_metrics(
-            EvalPrediction(predictions=scores.numpy(), label_ids=self.rerank_dataset.labels)
-        )
+        labels = self.rerank_dataset.labels  # (N,)
+        return self.compute_metrics(EvalPrediction(predictions=scores.numpy(), label_ids=labels))
 
 
 class QueryDataset(Dataset):
