@@ -88,7 +88,7 @@ def maybe_log_save_evaluate(accelerator, model, state, config, evaluations):
     if log_due:
         values |= training_metrics(state)
         accelerator.log(values, step=state.step)  # one line of the log, one point on the axis
-        show(state, values)
+        show(accelerator, state, values)
     if evaluate_due and is_best(state, values, config):
         save_model(accelerator, model, Path(config.output_dir, "best"), state.training_config)
     state.done = True

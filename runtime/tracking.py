@@ -192,12 +192,14 @@ def start_progress(accelerator: Accelerator, state: TrainState):
     state.began = state.window_began = time.perf_counter()
 
 
-def show(state: TrainState, values: dict[str, float]):
+def show(accelerator: Accelerator, state: TrainState, values: dict[str, float]):
     """What was logged, on the screen: losses beside the bar, a line for each evaluation.
 
     Of an evaluation it shows the loss, the metric that chooses best/ and the first three others.
     The closing table has all.
     """
+    if not accelerator.is_main_process:
+        return
     chosen = state.training_config["metric_for_best_model"]
     if "train/loss" in values:
         text = f"loss {values['train/loss']:.4f}, {values['train/samples_per_second']:.0f} rows/s"
