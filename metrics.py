@@ -24,7 +24,8 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def measure_queries(prediction: EvalPrediction) -> dict[str, np.ndarray]:
     """What is measured of each query: {name: float64 (N,)}.
 
-    EDIT HERE to add a metric. Its mean is logged and shown, and metric.csv gets its column.
+    EDIT HERE to add a metric. Its mean is logged and shown, and metric.csv gets its column. A run
+    that resumes does not notice that a formula was edited.
     """
     ranks = ranks_of_relevant(prediction.predictions, prediction.label_ids)  # (N,)
     # With one relevant candidate, recall is the hit rate: 1 where the rank is at most k.

@@ -134,4 +134,6 @@ def evaluation_batches(
         keys += [Key(items[0], weight=0.0)] * (-len(keys) % batch_size)
         length = multiple * batch_size
         batches += [keys[start : start + length] for start in range(0, len(keys), length)]
-    return batches + [[Key(0, weight=0.0)]] * (-len(batches) % num_processes)
+    # A process with a batch less than others gets one of padding, of a shape that is there already.
+    padding = [key._replace(weight=0.0) for key in batches[-1]]
+    return batches + [padding] * (-len(batches) % num_processes)

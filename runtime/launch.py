@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_deepspeed_available
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +37,8 @@ def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
         not torch.accelerator.is_available()
         or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     )
+    if deepspeed and not is_deepspeed_available():
+        raise UserError("this launch needs DeepSpeed: pip install -r requirements-deepspeed.txt")
     # On a CPU DDP needs cpu=True. DeepSpeed needs gloo, and cpu=True would switch it off.
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -102,18 +101,10 @@ def keep_lines(log: Path, state: TrainState) -> dict | None:
         # The step itself is logged again if what is due at it was not done.
         if not kept or step < state.step or (step == state.step and state.done):
             kept.append(line)
-    with open_whole(log) as file:
-        file.writelines(f"{line}\n" for line in kept)
+    unfinished = log.with_name(f".{log.name}-unfinished")  # a kill leaves one or the other whole
+    unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(unfinished, log)
     return json.loads(kept[0]) if kept else None
-
-
-@contextmanager
-def open_whole(path: Path):
-    """Write a text file atomically, by a temporary name: a reader sees the old one or the new."""
-    unfinished = path.with_name(f".{path.name}-unfinished")
-    with open(unfinished, "w", newline="", encoding="utf-8") as file:
-        yield file
-    os.replace(unfinished, path)
 
 
 def git_commit() -> str | None:
