@@ -49,11 +49,11 @@ class Config:
     learning_rate: float = option(4e-3, "the highest; about 1e-5 to 1e-4 for a pretrained model")
     warmup_steps: float = option(
         0.1,
-        "updates over which the learning rate rises from 0; below 1: a share of all updates",
+        "updates in which the learning rate rises linearly; below 1: a share of all updates",
         check=("a whole number or a share below 1", lambda value: value < 1 or value % 1 == 0),
     )
     weight_decay: float = option(0.05, "of AdamW; biases, norms and scales have none")
-    max_grad_norm: float = option(1.0, "lest one batch undo the others; 0: any norm")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
     seed: int = option(0, "of the initial weights, the order of the rows and the negatives")
 
     logging_steps: int = setting(
@@ -65,7 +65,7 @@ class Config:
     # They still count: the numbers that are reported are those of best/.
     eval_steps: int = option(500, "0: only before the first update and at the end")
     per_device_eval_batch_size: int = option(
-        32, "rows or pages in a batch; more suit a GPU, but not a CPU's caches", at_least=1
+        32, "rows or pages in a batch; 32 is fastest on a CPU, so raise it on a GPU", at_least=1
     )
     metric_for_best_model: str = option(
         "eval/loss",
@@ -108,8 +108,8 @@ class EvaluateConfig:
 
 def what_numbers_depend_on(config: Config) -> dict[str, Any]:
     """{name: value}, the same when a run resumes. The caller adds the model, data and launch."""
-    counts = [each.name for each in fields(config) if not each.metadata["changes_no_number"]]
-    return {name: getattr(config, name) for name in counts}
+    names = [one.name for one in fields(config) if not one.metadata["changes_no_number"]]
+    return {name: getattr(config, name) for name in names}
 
 
 def read_config(arguments: list[str]) -> Config:

@@ -139,13 +139,13 @@ def split_by_word(icons):
     Neither is a search word. An icon with a word of the test goes to the test, so no word of the
     test brings an icon that training saw. The same holds for eval.
     """
-    found = defaultdict(set)
+    icons_of = defaultdict(set)  # {word: its icons}
     for style, name in icons:
         for word in name.split("-"):
-            found[word].add((style, name))
+            icons_of[word].add((style, name))
     words = sorted(
         w
-        for w, has in found.items()
+        for w, has in icons_of.items()
         if len(w) > 2 and w.isalpha() and 8 <= len(has) <= 160 and len({s for s, _ in has}) > 2
     )
     words = [words[i] for i in np.random.default_rng(SEED).permutation(len(words))]
@@ -207,15 +207,15 @@ def compose_pages(split, icons, words, glyphs, random, folder, bar):
         word = pick(words)
         style = pick(list(by_word[word]))
         name = pick(by_word[word][style])
-        found = [(style, name)] + [
+        candidates = [(style, name)] + [
             (s, n) for s, names in by_word[word].items() if s != style for n in names
         ]
         odd = len(rows) - PAGES[split]  # the odd rows come last
         if odd >= ODD_ROWS:  # a search that found far too much
-            found += [icon for icon in icons if icon[0] != style and icon not in found][
-                : 400 - len(found) + odd
+            candidates += [icon for icon in icons if icon[0] != style and icon not in candidates][
+                : 400 - len(candidates) + odd
             ]
-        found = [] if 0 <= odd < ODD_ROWS else [f"{s}_{n}" for s, n in found]
+        candidates = [] if 0 <= odd < ODD_ROWS else [f"{s}_{n}" for s, n in candidates]
 
         # A grid of icons of the style, with one cell left empty: the relevant one was taken out.
         steps = range(0, PAGE_SIZE, ELEMENT_SIZE)
@@ -227,7 +227,7 @@ def compose_pages(split, icons, words, glyphs, random, folder, bar):
         path = f"{split}_{len(rows):05d}"
         Image.fromarray(page).save(folder / f"{path}.png", compress_level=1)
         (x, y), box = cells[0], ELEMENT_SIZE
-        keys = [found[i] for i in random.permutation(len(found))]
+        keys = [candidates[i] for i in random.permutation(len(candidates))]
         row = [word, len(rows) // 4, len(rows) % 4, path, f"{style}_{name}", keys]
         rows.append([*row, [PAGE_SIZE, PAGE_SIZE], [x, y, x + box, y + box]])
         bar.update()
