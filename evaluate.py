@@ -116,9 +116,7 @@ def check_metric_prefix(name: str):
     """metric_for_best_model must be of an evaluation. Known before anything is read."""
     prefixes = [f"{evaluation}/" for evaluation in make_evaluations(None, None)]
     if not name.startswith(tuple(prefixes)):
-        raise launch.UserError(
-            f"--metric_for_best_model {name}: it must begin with one of {prefixes}"
-        )
+        raise launch.UserError(f"--metric_for_best_model {name}: it begins with none of {prefixes}")
 
 
 def run_evaluation(accelerator, model, name, evaluation, config, step=None):
@@ -144,19 +142,17 @@ def get_eval_dataloader(accelerator, dataset, config):
     batches = evaluation_batches(
         dataset.groups, config.per_device_eval_batch_size, accelerator.num_processes
     )
-    dataloader = make_dataloader(
-        accelerator, dataset, config.dataloader_num_workers, batch_sampler=batches
-    )
+    dataloader = make_dataloader(accelerator, dataset, config, batch_sampler=batches)
     # Not accelerator.prepare, which would keep each DataLoader: one more at every evaluation.
     return prepare_data_loader(
-        dataloader, device=accelerator.device, put_on_device=True, non_blocking=True
+        dataloader, accelerator.device, put_on_device=True, non_blocking=True
     )
 
 
 def evaluation_loop(accelerator, model, dataloader, evaluation):
     """Predict, gather, compute the metrics. Stands for Trainer.evaluation_loop."""
     dataset = evaluation.dataset
-    outputs = predict(accelerator, model, dataloader, dataset)  # {name: (N, ...)}
+    outputs = predict(accelerator, model, dataloader, dataset, "losses")  # {name: (N, ...)}
     loss = mean_loss(outputs.pop("losses"), dataset)
     prediction = make_prediction(outputs.values(), dataset)
     return prediction, check_metrics(evaluation.compute_metrics(prediction)) | {"loss": loss}
@@ -191,10 +187,11 @@ def rerank_evaluation_loop(accelerator, model, dataloader, evaluation):
     return prediction, check_metrics(evaluation.compute_metrics(prediction))
 
 
-def predict(accelerator, model, dataloader, dataset):
+def predict(accelerator, model, dataloader, dataset, *needed):
     """Send every batch through the model and gather: {name: (M, ...)}, on every process.
 
     Row i is item i, by the index that came with it, whatever the order in which it arrived.
+    needed: names that `forward` must return.
     """
     indices, outputs = [], defaultdict(list)
     quiet = not accelerator.is_main_process or None  # None: a bar on a screen, none in a file
@@ -203,7 +200,7 @@ def predict(accelerator, model, dataloader, dataset):
         index = batch.pop("index")  # (B,), -1 for padding
         batch.pop("weight", None)
         indices.append(index)
-        for name, values in check_outputs(model(**batch), len(index)).items():
+        for name, values in check_outputs(model(**batch), len(index), *needed).items():
             outputs[name].append(values)  # (B, ...)
     return gather_items(accelerator, indices, outputs, dataset)
 

@@ -48,21 +48,14 @@ def ranks_of_relevant(scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or len(scores) == 0:
-        raise ValueError(
-            "expected scores (N, C) and labels (N,) with N > 0, "
-            f"got {scores.shape} and {labels.shape}"
-        )
+        shapes = f"{scores.shape} and {labels.shape}"
+        raise ValueError(f"expected scores (N, C) and labels (N,) with N > 0, got {shapes}")
     if labels.min() < -1 or labels.max() >= scores.shape[1]:
-        raise ValueError(
-            f"labels must be -1 or a column of scores (N, C) = {scores.shape}, "
-            f"got {labels.min()} to {labels.max()}"
-        )
+        raise ValueError(f"labels must be -1 or a column of scores: {labels.min()}, {labels.max()}")
     relevant = np.where(labels >= 0, scores[np.arange(len(scores)), labels], 0)  # (N,)
     broken = np.flatnonzero(~np.isfinite(relevant))
     if len(broken) > 0:
-        raise ValueError(
-            f"the relevant candidate has no finite score in rows {broken[:10].tolist()}"
-        )
+        raise ValueError(f"the relevant one has no finite score in rows {broken[:10].tolist()}")
 
     ranks = np.empty(len(scores))
     # A block of rows at a time: the comparison (rows, C) stays in the processor's cache.
@@ -75,12 +68,3 @@ def ranks_of_relevant(scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
         ranks[block] = scores.shape[1] - lower
     ranks[labels < 0] = np.inf
     return ranks
-
-
-def best_first(scores: np.ndarray, label: int) -> np.ndarray:
-    """The columns of one query's candidates, best first: int64 (C,).
-
-    Among equal scores the relevant one is last, so it stands at its rank.
-    scores: float (C,), without padding. label: the relevant one's column, or -1.
-    """
-    return np.lexsort((np.arange(len(scores)) == label, -scores))

@@ -94,12 +94,21 @@ def with_lists(queries, dataset, prediction):
     for row in queries.index:
         keys = [json.dumps(key, ensure_ascii=False) for key in dataset.keys_of(row)]
         scores = prediction.predictions[row, : len(keys)]
-        order = metrics.best_first(scores, prediction.label_ids[row])
+        order = best_first(scores, prediction.label_ids[row])
         scores = [str(score) for score in scores]  # the shortest that read back as the same float32
         columns = keys, scores, [scores[i] for i in order], [keys[i] for i in order]
         lists.append([f"[{', '.join(values)}]" for values in columns])
     lists = pd.DataFrame(lists, queries.index, LISTS)
     return pd.concat([queries[COPIED], lists, queries.drop(columns=COPIED)], axis=1)
+
+
+def best_first(scores: np.ndarray, label: int) -> np.ndarray:
+    """The columns of one query's candidates, best first: int64 (C,).
+
+    Among equal scores the relevant one is last, so it stands at its rank.
+    scores: float (C,), without padding. label: the relevant one's column, or -1.
+    """
+    return np.lexsort((np.arange(len(scores)) == label, -scores))
 
 
 def first_candidates(query):

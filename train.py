@@ -141,7 +141,7 @@ def train_step(accelerator, model, batch):
     """
     index, weight = batch.pop("index"), batch.pop("weight")  # (B,), (B,)
     # Only through the wrapped model: DDP, DeepSpeed and FSDP2 hook nothing but its forward.
-    losses = check_outputs(model(**batch), len(index))["losses"]  # (B,)
+    losses = check_outputs(model(**batch), len(index), "losses")["losses"]  # (B,)
     # A mean over B, over the micro-batches in backward, over the processes in the all-reduce:
     # together the mean over the global batch.
     accelerator.backward((losses * weight).mean())

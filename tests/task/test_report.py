@@ -295,7 +295,7 @@ def test_the_order_is_that_of_the_ranks():
     for _ in range(200):
         scores = random.integers(0, 4, random.integers(1, 9)).astype(np.float32)
         label = random.integers(len(scores))
-        order = metrics.best_first(scores, label).tolist()
+        order = report.best_first(scores, label).tolist()
         assert sorted(order) == list(range(len(scores))) and (np.diff(scores[order]) <= 0).all()
         assert order.index(label) + 1 == metrics.ranks_of_relevant(scores[None], [label])[0]
 
