@@ -130,7 +130,7 @@ def check_launch(accelerator: Accelerator, gradient_accumulation_steps: int):
         raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")
 
 
-def refuse_divided_weights(accelerator: Accelerator):
+def refuse_sharded_weights(accelerator: Accelerator):
     """For an evaluation by itself. Raises UserError."""
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise UserError(

@@ -194,8 +194,8 @@ def show(accelerator: Accelerator, state: TrainState, values: dict[str, float]):
     chosen = state.training_config["metric_for_best_model"]
     if "train/loss" in values:
         text = f"loss {values['train/loss']:.4f}, {values['train/samples_per_second']:.0f} rows/s"
-        latest = list(state.evaluations.values())[-1]
-        state.progress.set_postfix_str(f"{text}, {chosen} {latest[chosen]:.4f}")
+        latest = [f", {chosen} {values[chosen]:.4f}" for values in state.evaluations.values()]
+        state.progress.set_postfix_str(text + "".join(latest[-1:]))
         if state.progress.disable:  # there is no bar in a file
             state.progress.write(f"update {state.step:>6}  {text}")
     evaluations = {}  # {"eval": its names}
@@ -219,7 +219,7 @@ def closing_table(state: TrainState, config) -> str:
         f"{last} updates of {state.global_batch_size} rows in {seconds:.0f} s, all included",
         f"{'':<24}{'before':>12}{f'best, {best}':>14}{f'last, {last}':>14}",
     ]
-    for name in state.evaluations[last]:
+    for name in state.evaluations.get(last, {}):
         before, at_best, at_last = (
             state.evaluations.get(step, {}).get(name, math.nan) for step in (first, best, last)
         )
