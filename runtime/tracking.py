@@ -230,6 +230,8 @@ def closing_table(state: TrainState, config) -> str:
         f"checkpoints/step_{last:08d}": "the model after the last update",
         "log.jsonl": "everything that was logged",
     }
+    if best is None:  # there was no evaluation, or its metric was NaN
+        del contents["best"]
     files = sorted(path.name for path in Path(config.output_dir).glob("[!.]*.*"))
     contents |= {name: "" for name in files if name not in contents}
     lines += [f"{f'{config.output_dir}/{name}':<36}  {text}" for name, text in contents.items()]
