@@ -64,10 +64,13 @@ def gather(accelerator, batches):
     return accelerator.gather(together)
 
 
-def check_outputs(outputs, num_items: int):
+def check_outputs(outputs, num_items: int, *needed: str):
     """What `forward` returned for a batch, if it keeps the contract. Raises UserError."""
     if not isinstance(outputs, Mapping):
         raise UserError(f"forward must return a dict of tensors, not {type(outputs).__name__}")
+    for name in needed:
+        if name not in outputs:
+            raise UserError(f"forward must return {name!r}; it returned {', '.join(outputs)}")
     for name, values in outputs.items():
         shape = tuple(getattr(values, "shape", ()))
         if shape[:1] != (num_items,):
