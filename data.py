@@ -400,7 +400,7 @@ class SharedDataset(Dataset):
         self.path, self.counts, self.positions = table.path, table.counts, table.positions
         self.name_item = self.name_row = table.name_row
         self.num_others = np.diff(table.starts)[table.lists] - (table.labels >= 0)  # (N,)
-        self.num_negatives = min(num_negatives, self.num_others.max())  # k
+        self.num_negatives = min(num_negatives, int(self.num_others.max()))  # k
         self.labels = np.zeros(len(self), dtype=np.int64)  # (N,): the relevant one comes first
         self.item_weights = np.ones(len(self))
         self.groups = [(range(len(self)), 1)]
