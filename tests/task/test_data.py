@@ -465,6 +465,20 @@ def test_the_draw_has_the_bits_that_it_always_had(data_dir):
         assert (train.draw(rows, epoch) == drawn[epoch][rows]).all()
 
 
+def test_rows_of_fewer_candidates_than_are_drawn(data_dir):
+    """All of them are given, and no more: not one row has as many as --num_negatives."""
+    path = data_dir / "csv" / "train.csv"
+    rows = [
+        row for row in read_csv(path) if len(ast.literal_eval(row["candidate_resourceKey"])) < 5
+    ]
+    write_csv(path, [list(row.values()) for row in rows])
+    train, _, _ = read_all(data_dir, num_negatives=7)
+    keys = [Key(row) for row in reversed(range(len(train)))]
+    shown = train.__getitems__(keys)["candidate_mask"].sum(1)
+    counts = [len(ast.literal_eval(row["candidate_resourceKey"])) for row in rows]
+    assert shown.tolist() == counts[::-1] and train.num_negatives == 3 == max(counts) - 1
+
+
 @pytest.mark.parametrize("missing", [False, True])
 def test_each_choice_of_others_is_drawn_as_often(data_dir, missing):
     path = data_dir / "csv" / "train.csv"

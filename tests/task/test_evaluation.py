@@ -200,21 +200,24 @@ def test_the_loss_is_the_mean_by_weight_in_float64():
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
-        ({"loss": torch.tensor(1.0)}, r"'loss' of shape () for a batch of 3 items"),
+        ({"loss": torch.tensor(1.0)}, "forward must return 'losses'; it returned loss"),
         ({"losses": torch.tensor(1.0)}, r"'losses' of shape () for a batch of 3 items"),
         ({"losses": torch.ones(3), "scores": torch.ones(4, 3)}, "'scores' of shape (4, 3)"),
         ({"losses": torch.ones(3), "past": None}, "'past' of shape ()"),
+        ({}, "forward must return 'losses'; it returned "),
+        ({"scores": torch.ones(3)}, "forward must return 'losses'; it returned scores"),
         (torch.ones(3), "must return a dict of tensors, not Tensor"),
         ((torch.ones(3),), "must return a dict of tensors, not tuple"),
     ],
 )
 def test_outputs_that_break_the_contract(outputs, message):
-    assert message in refusal(check_outputs, outputs, 3)
+    assert message in refusal(check_outputs, outputs, 3, "losses")
 
 
 def test_outputs_that_keep_the_contract():
     outputs = {"losses": torch.ones(3), "scores": torch.ones(3, 2, 2)}
-    assert check_outputs(outputs, 3) is outputs
+    assert check_outputs(outputs, 3, "losses", "scores") is outputs
+    assert check_outputs({}, 3) == {}
 
 
 @pytest.mark.parametrize(

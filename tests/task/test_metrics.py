@@ -5,7 +5,7 @@ import pytest
 import pytrec_eval
 from transformers import EvalPrediction
 
-from metrics import TOP_K, best_first, compute_metrics, measure_queries, ranks_of_relevant
+from metrics import TOP_K, compute_metrics, measure_queries, ranks_of_relevant
 
 
 def brute_force(rows):
@@ -75,17 +75,6 @@ def test_each_query_is_measured_and_the_mean_is_logged(ties):
     logged = compute_metrics(prediction)
     assert logged == {name: np.mean(values) for name, values in measured.items()}
     assert {type(value) for value in logged.values()} == {float}
-
-
-@pytest.mark.parametrize("ties", [True, False])
-def test_the_relevant_one_stands_at_its_rank(ties):
-    rows = random_rows(np.random.default_rng(5), ties)
-    ranks = ranks_of_relevant(*padded(rows))
-    for (scores, label), rank in zip(rows, ranks, strict=True):
-        order = best_first(np.array(scores), label)
-        assert sorted(order) == list(range(len(scores)))
-        assert [scores[i] for i in order] == sorted(scores, reverse=True)
-        assert label < 0 or order[int(rank) - 1] == label
 
 
 def test_many_rows_and_columns():
