@@ -54,7 +54,7 @@ from runtime.tracking import show, write_report
 
 class Evaluation(NamedTuple):
     run: Callable  # evaluate or _rerank_evaluate
-    dataset: Dataset
+    dataset: Dataset | None  # None where only the names are asked for
     compute_metrics: Callable  # of this evaluation: it runs on every process, and writes no file
     report: Callable | None = None  # (folder, dataset, prediction), on process 0
 

@@ -255,6 +255,6 @@ def hash_model(accelerator: Accelerator, model_name_or_path: str | None) -> str 
             json.dumps(sorted(files.items())).encode(), digest_size=16
         ).hexdigest()
     try:
-        return Path(cached_file(model_name_or_path, "config.json")).parent.name
+        return Path(str(cached_file(model_name_or_path, "config.json"))).parent.name
     except OSError:
         return None

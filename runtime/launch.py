@@ -49,7 +49,7 @@ def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
         raise UserError("this launch needs DeepSpeed: pip install -r requirements-deepspeed.txt")
     # On a CPU DDP needs cpu=True. DeepSpeed needs gloo, and cpu=True would switch it off.
     # Others wait while process 0 writes files, for longer than the 10 minutes of NCCL.
-    group = {"timeout": TIMEOUT} | ({"backend": "gloo"} if on_cpu and deepspeed else {})
+    group: Any = {"timeout": TIMEOUT} | ({"backend": "gloo"} if on_cpu and deepspeed else {})
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,
         kwargs_handlers=[

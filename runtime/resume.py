@@ -150,7 +150,7 @@ def training_metrics(state: TrainState) -> dict[str, float]:
     values = {
         # Summed exactly: the order changes no bit, nor do interruptions and processes.
         "train/loss": math.fsum(state.losses) / len(state.losses),
-        "train/grad_norm": state.grad_norm,
+        "train/grad_norm": float(state.grad_norm),
         "train/learning_rate": state.learning_rate,
         "train/samples_per_second": state.items / state.seconds,
     }
