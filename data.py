@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from model import rerank_scores
+from runtime.batches import index_and_weight
 from runtime.launch import UserError
 
 COLUMNS = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKey")
@@ -48,9 +49,9 @@ def read_datasets(config, model, splits):
     that images are fitted into. Raises UserError.
     """
     folder = Path(config.data_dir)
-    page_ids, element_ids = {}, {}  # {key: its number}, over all of the CSVs
+    query_ids, element_ids = {}, {}  # {key: its number}, over all of the CSVs
     tables = [
-        read_table(folder / "csv" / f"{split}.csv", config.max_candidates, page_ids, element_ids)
+        read_table(folder / "csv" / f"{split}.csv", config.max_candidates, query_ids, element_ids)
         for split in splits
     ]
 
@@ -60,9 +61,9 @@ def read_datasets(config, model, splits):
 
     pages = Images(
         folder / "images",
-        list(page_ids),
+        list(query_ids),
         model.config.page_size,
-        lambda page: first_row(lambda table: table.pages == page),
+        lambda page: first_row(lambda table: table.queries == page),
     )
     elements = Images(
         folder / "elements",
@@ -94,7 +95,7 @@ class Row(NamedTuple):
 
     position: int  # in pandas.read_csv of the file: blank lines do not count
     number: int  # as a spreadsheet shows it: the header is row 1, and blank lines count
-    page: str
+    query: str  # the key of a page
     relevant: str
     listed: int  # how many candidates the cell lists, repeated ones too
     candidates: tuple[str, ...]  # each once
@@ -105,14 +106,14 @@ class Table:
     """The rows of one CSV that are used, N of them, in arrays.
 
     Not a Python object for each row or candidate: forked workers copy objects when they touch them.
-    Pages and elements are numbers, the same ones in all CSVs.
+    Queries and elements are numbers, the same ones in all CSVs.
     """
 
     path: Path
     counts: dict  # {"used": N, "no_candidates": ..., "too_many_candidates": ...}
     positions: np.ndarray  # int64 (N,), as in Row, and so are the numbers
     numbers: np.ndarray  # int64 (N,)
-    pages: np.ndarray  # int64 (N,)
+    queries: np.ndarray  # int64 (N,), pages
     relevant: np.ndarray  # int64 (N,), elements
     labels: np.ndarray  # int64 (N,), the relevant element's column among the candidates, or -1
     lists: np.ndarray  # int64 (N,), which list of candidates. Rows of one search share one.
@@ -139,10 +140,10 @@ class Table:
         return f"{self.path}, row {self.numbers[row]}"
 
 
-def read_table(path: Path, max_candidates: int, page_ids: dict, element_ids: dict) -> Table:
+def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: dict) -> Table:
     """Read a CSV. Rows without candidates and rows with `max_candidates` or more are left out.
 
-    New keys get the next numbers of page_ids and element_ids. Raises UserError.
+    New keys get the next numbers of query_ids and element_ids. Raises UserError.
     """
     counts = {"used": 0, "no_candidates": 0, "too_many_candidates": 0}
     rows, lists, starts, listed = array("q"), {}, [0], array("i")
@@ -153,7 +154,7 @@ def read_table(path: Path, max_candidates: int, page_ids: dict, element_ids: dic
             counts["too_many_candidates"] += 1
         else:
             counts["used"] += 1
-            page = page_ids.setdefault(row.page, len(page_ids))
+            query = query_ids.setdefault(row.query, len(query_ids))
             relevant, *elements = [
                 element_ids.setdefault(key, len(element_ids))
                 for key in (row.relevant, *row.candidates)
@@ -164,13 +165,13 @@ def read_table(path: Path, max_candidates: int, page_ids: dict, element_ids: dic
             if number == len(starts) - 1:  # a new list
                 listed.extend(elements)
                 starts.append(len(listed))
-            rows.extend((row.position, row.number, page, relevant, label, number))
+            rows.extend((row.position, row.number, query, relevant, label, number))
     if not rows:
         raise UserError(
             f"{path}: no row is left to use: {counts}, where too many is {max_candidates} or more"
         )
     columns = np.ascontiguousarray(np.asarray(rows).reshape(-1, 6).T)  # (6, N)
-    return Table(path, counts, *columns, np.array(starts), np.asarray(listed))
+    return Table(path, counts, *columns, starts=np.array(starts), listed=np.asarray(listed))
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -181,7 +182,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         "y_info": parse_literal,
     }
     for position, (number, cells) in enumerate(read_csv(path, COLUMNS)):
-        values = {}
+        values: dict[str, Any] = {}
         for name, parse in parsers.items():
             try:
                 values[name] = parse(cells[name])
@@ -399,7 +400,7 @@ class SharedDataset(Dataset):
         self.path, self.counts, self.positions = table.path, table.counts, table.positions
         self.name_item = self.name_row = table.name_row
         self.num_others = np.diff(table.starts)[table.lists] - (table.labels >= 0)  # (N,)
-        self.num_negatives = min(num_negatives, self.num_others.max())  # k
+        self.num_negatives = min(num_negatives, int(self.num_others.max()))  # k
         self.labels = np.zeros(len(self), dtype=np.int64)  # (N,): the relevant one comes first
         self.item_weights = np.ones(len(self))
         self.groups = [(range(len(self)), 1)]
@@ -409,14 +410,12 @@ class SharedDataset(Dataset):
 
     def __getitems__(self, keys):
         """A whole batch: a call for each row would cost more than the rows. See the contract."""
-        rows, epochs, weights = (np.array(values) for values in zip(*keys, strict=True))  # (B,)
-        elements = self.draw(rows, epochs[0])  # (B, 1 + k), of one epoch, as batches are
+        rows = np.array([key.index for key in keys])  # (B,)
+        elements = self.draw(rows, keys[0].epoch)  # (B, 1 + k), of one epoch, as batches are
         candidates = self.elements.take(elements.ravel())  # (B x (1 + k), 3, h, w)
         candidate_mask = np.arange(elements.shape[1]) <= self.num_others[rows, None]  # (B, 1 + k)
-        return {
-            "index": torch.from_numpy(np.where(weights > 0, rows, -1)),  # (B,)
-            "weight": torch.from_numpy(weights.astype(np.float32)),  # (B,)
-            "pages": self.pages.take(self.table.pages[rows]),  # (B, 3, H, W)
+        return index_and_weight(keys) | {
+            "pages": self.pages.take(self.table.queries[rows]),  # (B, 3, H, W)
             "candidates": candidates.unflatten(0, elements.shape),  # (B, 1 + k, 3, h, w)
             "candidate_mask": torch.from_numpy(candidate_mask),
             "labels": torch.from_numpy(self.labels[rows]),  # (B,)
@@ -431,7 +430,7 @@ class SharedDataset(Dataset):
         """
         table, k = self.table, self.num_negatives
         chances = np.empty((len(rows), k))
-        generator = np.random.default_rng((self.seed, epoch, 1))  # 1: not the order of the rows
+        generator: Any = np.random.default_rng((self.seed, epoch, 1))  # 1: not the order of rows
         after = 0
         for i, row in enumerate(rows.tolist()):  # a row's chances are row x k to row x k + k
             generator.bit_generator.advance(row * k - after)
@@ -462,7 +461,7 @@ class RerankDataset(Dataset):
         self.labels, self.name_row = table.labels, table.name_row
         candidates = table.padded_candidates()  # (N, C)
         self.element_ids = np.unique(table.listed)
-        self.page_ids = np.unique(table.pages)
+        self.page_ids = np.unique(table.queries)
         self.item_weights = np.ones(len(self))
         first_page = len(self.element_ids)
         # As many pixels as in a batch of pages, so as much memory. One by one would be slow.
@@ -472,7 +471,7 @@ class RerankDataset(Dataset):
             (range(first_page, len(self)), 1),
         ]
         # What `score` takes: items, int64 (N,) and (N, C), padded with -1.
-        self.queries = torch.from_numpy(first_page + np.searchsorted(self.page_ids, table.pages))
+        self.queries = torch.from_numpy(first_page + np.searchsorted(self.page_ids, table.queries))
         columns = np.searchsorted(self.element_ids, candidates)
         self.candidates = torch.from_numpy(np.where(candidates < 0, -1, columns))
 
@@ -487,8 +486,7 @@ class RerankDataset(Dataset):
             images = self.elements.take(self.element_ids[items])
         else:
             images = self.pages.take(self.page_ids[items - first_page])
-        index = [key.index if key.weight else -1 for key in keys]
-        return {"index": torch.tensor(index), "images": images}  # (B,), (B, 3, H, W)
+        return index_and_weight(keys) | {"images": images}  # (B, 3, H, W)
 
     def score(self, outputs):
         """Embeddings of all items, {"outputs": (M, D)}, to scores float32 (N, C)."""
