@@ -234,6 +234,7 @@ def main():
             stop_watching()
         torch.save(recorder.contents(), folder / f"{run['name']}.{rank}.pt")
         one_launch.accelerator.free_memory()
+        one_launch.accelerator.print(f"--- {run['name']} ends here")
     one_launch.finish(one_launch.accelerator)
 
 

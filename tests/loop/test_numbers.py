@@ -390,7 +390,7 @@ def evaluated(runs, tiny, pytestconfig):
             {"name": name, "program": "evaluate.py", "arguments": [str(word) for word in arguments]}
         )
     done = runs.launch(folder, descriptions, "cpu", 1)
-    parts = re.split(r"^the files of the evaluation are in .*$", done.stdout, flags=re.MULTILINE)
+    parts = re.split(r"^--- .* ends here$", done.stdout, flags=re.MULTILINE)
     printed = [dict(re.findall(r"^(\S+/\S+) +(\S+)$", part, re.MULTILINE)) for part in parts]
     records = [torch.load(folder / f"{name}.0.pt", weights_only=False) for name in names]
     return dict(zip(names, zip(printed, records, strict=False), strict=True))
