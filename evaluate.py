@@ -59,7 +59,7 @@ class Evaluation(NamedTuple):
     report: Callable | None = None  # (folder, dataset, prediction), on process 0
 
 
-def make_evaluations(eval_dataset, rerank_dataset) -> dict[str, Evaluation]:
+def make_evaluations(eval_dataset=None, rerank_dataset=None) -> dict[str, Evaluation]:
     """EDIT HERE to add an evaluation or to drop one. The names are the prefixes in the log."""
     return {
         "eval": Evaluation(evaluate, eval_dataset, compute_metrics),
@@ -114,7 +114,7 @@ def is_best(state, values, config) -> bool:
 
 def check_metric_prefix(name: str):
     """metric_for_best_model must be of an evaluation. Known before anything is read."""
-    prefixes = [f"{evaluation}/" for evaluation in make_evaluations(None, None)]
+    prefixes = [f"{evaluation}/" for evaluation in make_evaluations()]
     if not name.startswith(tuple(prefixes)):
         raise launch.UserError(
             f"--metric_for_best_model {name}: it must begin with one of {prefixes}"
