@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from model import rerank_scores
+from runtime.batches import index_and_weight
 from runtime.launch import UserError
 
 COLUMNS = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKey")
@@ -409,13 +410,11 @@ class SharedDataset(Dataset):
 
     def __getitems__(self, keys):
         """A whole batch: a call for each row would cost more than the rows. See the contract."""
-        rows, epochs, weights = (np.array(values) for values in zip(*keys, strict=True))  # (B,)
-        elements = self.draw(rows, epochs[0])  # (B, 1 + k), of one epoch, as batches are
+        rows = np.array([key.index for key in keys])  # (B,)
+        elements = self.draw(rows, keys[0].epoch)  # (B, 1 + k), of one epoch, as batches are
         candidates = self.elements.take(elements.ravel())  # (B x (1 + k), 3, h, w)
         candidate_mask = np.arange(elements.shape[1]) <= self.num_others[rows, None]  # (B, 1 + k)
-        return {
-            "index": torch.from_numpy(np.where(weights > 0, rows, -1)),  # (B,)
-            "weight": torch.from_numpy(weights.astype(np.float32)),  # (B,)
+        return index_and_weight(keys) | {
             "pages": self.pages.take(self.table.pages[rows]),  # (B, 3, H, W)
             "candidates": candidates.unflatten(0, elements.shape),  # (B, 1 + k, 3, h, w)
             "candidate_mask": torch.from_numpy(candidate_mask),
@@ -487,8 +486,7 @@ class RerankDataset(Dataset):
             images = self.elements.take(self.element_ids[items])
         else:
             images = self.pages.take(self.page_ids[items - first_page])
-        index = [key.index if key.weight else -1 for key in keys]
-        return {"index": torch.tensor(index), "images": images}  # (B,), (B, 3, H, W)
+        return index_and_weight(keys) | {"images": images}  # (B, 3, H, W)
 
     def score(self, outputs):
         """Embeddings of all items, {"outputs": (M, D)}, to scores float32 (N, C)."""

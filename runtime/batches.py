@@ -5,24 +5,28 @@ keeps what stands here.
 
 A data set has
     len(dataset)        M items. In training and in the shared evaluation an item is a row.
-    __getitems__(keys)  a whole batch, made of Keys: `index` int64 (B,), -1 for padding; `weight`
-                        float32 (B,), in training; and whatever the model's `forward` takes.
+    __getitems__(keys)  a whole batch, of Keys: what `index_and_weight` makes of them, and whatever
+                        the model's `forward` takes.
     item_weights        float64 (M,), above 0: how much an item counts in a mean. Ones, or its
                         number of tokens.
     labels              (N, ...), the label_ids of compute_metrics.
     positions           int64 (N,), where the rows stand in pandas.read_csv of the file.
     groups              [(range of items, batch sizes in a batch)]: which may share a batch.
     name_item(i), name_row(i)  what messages call them: a file and a row.
-A rerank evaluation is one whose items are not its rows. Its data set also has
-    score(outputs)      {name: (M, ...)}, what `forward` returned, to float32 (N, C). -inf pads.
+    path, counts        its CSV, and {what became of the rows: how many}, for the log.
+In an evaluation on a DataLoader of its own an item is what goes through the model once: an image
+of several rows, or a prompt. Its data set also has
+    score(outputs)      {name: (M, ...)}, what `forward` returned, to the predictions (N, C): scores
+                        padded with -inf, or whole numbers.
 
 A model has forward(**batch). It returns a dict of tensors, whose first axis is the items. For
 training and the shared evaluation it has `losses`, float32 (B,): of each item the mean over what
 its weight counts. The others may have any shape. Where widths differ between batches they are
-padded: floats with -inf, whole numbers with -100.
+padded: floats with -inf, whole numbers with -100. Its save_pretrained(folder, state_dict=...)
+writes all that load_model needs: a tokenizer too.
 
 compute_metrics(EvalPrediction) returns {name: number}, as for Trainer. `predictions` is what
-`forward` returned besides `losses`, one array or a tuple; in a rerank evaluation it is the scores.
+`forward` returned besides `losses`, one array or a tuple, or what `score` made of it.
 `label_ids` is `labels`, and `inputs` is `positions`: `frame.iloc[prediction.inputs]` are the rows.
 It runs on every process, on the same arrays, and writes no file.
 """
@@ -46,6 +50,12 @@ class Key(NamedTuple):
     index: int
     epoch: int = 0
     weight: float = 1.0
+
+
+def index_and_weight(keys: list[Key]) -> dict[str, torch.Tensor]:
+    """Of a batch: `index` int64 (B,), -1 for padding, and `weight` float32 (B,)."""
+    index = torch.tensor([key.index if key.weight > 0 else -1 for key in keys])
+    return {"index": index, "weight": torch.tensor([key.weight for key in keys])}
 
 
 def make_train_dataloader(accelerator, dataset, state, config) -> DataLoader:
