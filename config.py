@@ -15,77 +15,84 @@ from runtime.options import option, read_options, setting
 
 @dataclass(frozen=True)
 class Config:
-    """Train a dual encoder to rank design elements by how well they fit a page."""
+    """Train a dual encoder to rank design elements by how well they fit a page.
+
+    Processes, strategy and precision (bf16) are those of the launch's --config_file.
+    """
 
     usage: ClassVar = "train.py [--config FILE] [--OPTION VALUE ...]"
 
     data_dir: str = setting(
-        "default_data", "see data.py; the default one is built when it is absent", heading="data"
+        "default_data",
+        "its format is in data.py; the default one is built if missing",
+        heading="data",
     )
     max_candidates: int = option(
-        400, "rows with as many candidates are left out: the search found far too much", at_least=1
+        400, "rows with this many candidates or more are left out", at_least=1
     )
-    num_negatives: int = option(7, "drawn besides the relevant one; each costs time", at_least=1)
+    num_negatives: int = option(
+        7, "candidates drawn for a row besides the relevant one", at_least=1
+    )
     dataloader_num_workers: int = setting(
-        0, "per process; 0 is fastest while the decoded images fit in 2 GB, else about 4"
+        0, "per process; 0 is fastest if the decoded images fit in 2 GB, else try 4"
     )
 
     # The model counts by its hash and not by its path.
     model_name_or_path: str | None = setting(
-        None, "a saved folder or a vision model of transformers; None: a small one", heading="model"
+        None, "a saved folder or transformers vision model; None: a small new one", heading="model"
     )
 
     num_train_epochs: int = option(
         2, "passes over train.csv; 2 take minutes on a CPU", heading="optimization", at_least=1
     )
-    max_steps: int = option(0, "updates, 20 for a trial; 0 or -1: as the epochs say", at_least=-1)
+    max_steps: int = option(0, "updates (20 for a trial); 0 or -1: num_train_epochs", at_least=-1)
     # How a global batch is cut changes only rounding. The loop compares the global batch's size.
     per_device_train_batch_size: int = setting(
-        16, "rows in a micro-batch of a process; more take memory in proportion", at_least=1
+        16, "rows in a process's micro-batch; memory grows in proportion", at_least=1
     )
     gradient_accumulation_steps: int = setting(
-        1, "micro-batches in an update, for a global batch that memory does not hold", at_least=1
+        1, "micro-batches per update, if a global batch does not fit in memory", at_least=1
     )
-    learning_rate: float = option(4e-3, "the highest; about 1e-5 to 1e-4 for a pretrained model")
+    learning_rate: float = option(4e-3, "the peak; about 1e-5 to 1e-4 for a pretrained model")
     warmup_steps: float = option(
         0.1,
-        "updates over which the learning rate rises from 0; below 1: a share of all updates",
+        "updates of linear warmup; below 1: a share of all updates",
         check=("a whole number or a share below 1", lambda value: value < 1 or value % 1 == 0),
     )
     weight_decay: float = option(0.05, "of AdamW; biases, norms and scales have none")
-    max_grad_norm: float = option(1.0, "lest one batch undo the others; 0: any norm")
-    seed: int = option(0, "of the initial weights, the order of the rows and the negatives")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never")
+    seed: int = option(0, "of the initial weights, row order, negatives and dropout")
 
     logging_steps: int = setting(
         50,
-        "updates between two lines of train/loss; the device waits at each; 0: only at the end",
-        heading="logging, evaluating, saving (counted in updates; all three also at the end)",
+        "updates between two lines of train/loss; each waits for the device; 0: only at the end",
+        heading="logging, evaluating, saving (in updates; each also happens at the end)",
     )
     # Which model is best/ depends on eval_steps and metric_for_best_model. Training does not.
     # They still count: the numbers that are reported are those of best/.
-    eval_steps: int = option(500, "0: only before the first update and at the end")
+    eval_steps: int = option(500, "updates between two; 0: only at the start and the end")
     per_device_eval_batch_size: int = option(
-        32, "rows or pages in a batch; more suit a GPU, but not a CPU's caches", at_least=1
+        32, "items in a process's batch; 32 is fastest on a CPU; raise it on a GPU", at_least=1
     )
     metric_for_best_model: str = option(
         "eval/loss",
-        "what best/ is best at; one of rerank/ would be chosen on the queries that it reports",
+        "what chooses best/; with one of rerank/ you would choose on your test queries",
         check=("a name like eval/loss", re.compile(r"[^/\s]+/\S+").fullmatch),
     )
     greater_is_better: bool = option(
-        False, "whether more of that metric is better; never guessed from its name, so say both"
+        False, "whether higher is better; never guessed from the name, so set both"
     )
     save_steps: int = setting(200, "updates between two checkpoints; 0: only at the end")
-    save_total_limit: int = setting(2, "checkpoints that are kept, the newest ones; 0: all")
+    save_total_limit: int = setting(2, "how many newest checkpoints are kept; 0: all")
 
     output_dir: str = setting(
-        "output", "everything goes there; a run that was interrupted resumes", heading="where to"
+        "output", "for all output; an interrupted run that is there resumes", heading="where to"
     )
     resume_from_checkpoint: str = setting(
-        "auto", "auto: the newest whole checkpoint in output_dir; never; or a checkpoint's folder"
+        "auto", "auto: the newest whole checkpoint in output_dir; never; or a folder"
     )
-    report_to: str = setting("wandb", "trackers of accelerate, like wandb,tensorboard, or none")
-    project: str = setting("match-element", "project in the trackers")
+    report_to: str = setting("wandb", "trackers of accelerate: wandb,tensorboard; or none")
+    project: str = setting("match-element", "the trackers' project")
 
     def __post_init__(self):
         # -1 is Trainer's word for 0. As one value both resume the same run.
@@ -94,22 +101,22 @@ class Config:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluate a model that train.py saved: the numbers that training logged for these weights."""
+    """Evaluate a model that train.py saved. Prints the numbers that training logged for it."""
 
     usage: ClassVar = "evaluate.py --model_dir FOLDER [--OPTION VALUE ...]"
 
     model_dir: str = option(MISSING, "a folder that train.py saved: output/best or a checkpoint")
-    data_dir: str | None = option(None, "data folder; None: the one of the training")
+    data_dir: str | None = option(None, "data folder; None: as in training")
     output_dir: str = option("evaluation", "where metric.csv and the pictures go")
     per_device_eval_batch_size: int | None = option(
-        None, "rows or pages in a batch; None: as in the training's evaluations", at_least=1
+        None, "items in a process's batch; None: as in training", at_least=1
     )
 
 
 def what_numbers_depend_on(config: Config) -> dict[str, Any]:
     """{name: value}, the same when a run resumes. The caller adds the model, data and launch."""
-    counts = [each.name for each in fields(config) if not each.metadata["changes_no_number"]]
-    return {name: getattr(config, name) for name in counts}
+    names = [one.name for one in fields(config) if not one.metadata["changes_no_number"]]
+    return {name: getattr(config, name) for name in names}
 
 
 def read_config(arguments: list[str]) -> Config:

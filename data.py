@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -171,7 +171,7 @@ def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: di
             f"{path}: no row is left to use: {counts}, where too many is {max_candidates} or more"
         )
     columns = np.ascontiguousarray(np.asarray(rows).reshape(-1, 6).T)  # (6, N)
-    return Table(path, counts, *columns, np.array(starts), np.asarray(listed))
+    return Table(path, counts, *columns, starts=np.array(starts), listed=np.asarray(listed))
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -182,7 +182,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         "y_info": parse_literal,
     }
     for position, (number, cells) in enumerate(read_csv(path, COLUMNS)):
-        values = {}
+        values: dict[str, Any] = {}
         for name, parse in parsers.items():
             try:
                 values[name] = parse(cells[name])
@@ -400,7 +400,7 @@ class SharedDataset(Dataset):
         self.path, self.counts, self.positions = table.path, table.counts, table.positions
         self.name_item = self.name_row = table.name_row
         self.num_others = np.diff(table.starts)[table.lists] - (table.labels >= 0)  # (N,)
-        self.num_negatives = min(num_negatives, self.num_others.max())  # k
+        self.num_negatives = min(num_negatives, int(self.num_others.max()))  # k
         self.labels = np.zeros(len(self), dtype=np.int64)  # (N,): the relevant one comes first
         self.item_weights = np.ones(len(self))
         self.groups = [(range(len(self)), 1)]
@@ -430,7 +430,7 @@ class SharedDataset(Dataset):
         """
         table, k = self.table, self.num_negatives
         chances = np.empty((len(rows), k))
-        generator = np.random.default_rng((self.seed, epoch, 1))  # 1: not the order of the rows
+        generator: Any = np.random.default_rng((self.seed, epoch, 1))  # 1: not the order of rows
         after = 0
         for i, row in enumerate(rows.tolist()):  # a row's chances are row x k to row x k + k
             generator.bit_generator.advance(row * k - after)

@@ -1,6 +1,6 @@
 """Ranking metrics: arrays in, numbers out. No accelerate, no torch.distributed, no files.
 
-N queries, C candidates of the longest list. One candidate of a query is the relevant one.
+N queries, C candidates in the longest list. One candidate of a query is the relevant one.
 """
 
 import numpy as np
@@ -11,20 +11,20 @@ TOP_K = (1, 4, 5, 10, 20, 50, 100)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The mean over the queries of each thing that `measure_queries` measures.
+    """The mean over the queries of each metric of `measure_queries`. As for Trainer.
 
-    prediction.predictions: float (N, C), the scores, padded with -inf at the end of a row.
+    prediction.predictions: float (N, C), scores. Short rows end in -inf.
     prediction.label_ids: int (N,), the column of the relevant candidate, or -1 where it is missing.
-
-    This is the signature of Trainer's compute_metrics. Raises ValueError as `ranks_of_relevant`.
+    prediction.inputs: int (N,), positions: the rows are pandas.read_csv(...).iloc[inputs].
     """
     return {name: float(values.mean()) for name, values in measure_queries(prediction).items()}
 
 
 def measure_queries(prediction: EvalPrediction) -> dict[str, np.ndarray]:
-    """What is measured of each query: {name: float64 (N,)}.
+    """The metrics of each query: {name: float64 (N,)}.
 
-    EDIT HERE to add a metric. Its mean is logged and shown, and metric.csv gets its column.
+    EDIT HERE to add one. Its mean is logged and shown, and metric.csv, which has a row for each
+    query, gets a column. A resume does not notice an edited formula.
     """
     ranks = ranks_of_relevant(prediction.predictions, prediction.label_ids)  # (N,)
     # With one relevant candidate, recall is the hit rate: 1 where the rank is at most k.
@@ -38,48 +38,32 @@ def ranks_of_relevant(scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """The rank of each query's relevant candidate: float64 (N,), from 1; inf where it is missing.
 
     rank = 1 + the number of other candidates that score at least as high. Ties count against the
-    model, so a model that gives all the same score ranks last. The order never matters.
+    model, so equal scores rank last. The order of candidates never matters.
 
     scores: float (N, C), padded with -inf. labels: int (N,), -1 where the relevant one is missing.
-    Such a query stays in every mean: to leave it out would reward losing it.
-    Raises ValueError without queries, where shapes disagree, and where a label points at padding
-    or at a score that is not finite.
+    Such a query counts as 0 in every mean: dropping it would raise the metrics.
+    Raises ValueError if there are no queries, if shapes disagree, or if a label's score is not
+    finite.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or len(scores) == 0:
-        raise ValueError(
-            "expected scores (N, C) and labels (N,) with N > 0, "
-            f"got {scores.shape} and {labels.shape}"
-        )
+        shapes = f"{scores.shape} and {labels.shape}"
+        raise ValueError(f"expected scores (N, C) and labels (N,) with N > 0, got {shapes}")
     if labels.min() < -1 or labels.max() >= scores.shape[1]:
-        raise ValueError(
-            f"labels must be -1 or a column of scores (N, C) = {scores.shape}, "
-            f"got {labels.min()} to {labels.max()}"
-        )
+        raise ValueError(f"labels must be -1 or a column of scores: {labels.min()}, {labels.max()}")
     relevant = np.where(labels >= 0, scores[np.arange(len(scores)), labels], 0)  # (N,)
     broken = np.flatnonzero(~np.isfinite(relevant))
     if len(broken) > 0:
-        raise ValueError(
-            f"the relevant candidate has no finite score in rows {broken[:10].tolist()}"
-        )
+        raise ValueError(f"the relevant one has no finite score in rows {broken[:10].tolist()}")
 
     ranks = np.empty(len(scores))
     # A block of rows at a time: the comparison (rows, C) stays in the processor's cache.
     rows = max(1, 2**17 // scores.shape[1])
     for start in range(0, len(scores), rows):
         block = slice(start, start + rows)
-        # Counting those that score less makes a NaN count against the model too. The relevant
-        # candidate is never less than itself, so it is the 1 of "1 + the number of others".
+        # Count those that score less, so that NaN counts against the model. The relevant candidate
+        # is not less than itself: that is the 1 in the rank.
         lower = np.count_nonzero(scores[block] < relevant[block, None], axis=1)
         ranks[block] = scores.shape[1] - lower
     ranks[labels < 0] = np.inf
     return ranks
-
-
-def best_first(scores: np.ndarray, label: int) -> np.ndarray:
-    """The columns of one query's candidates, best first: int64 (C,).
-
-    Among equal scores the relevant one is last, so it stands at its rank.
-    scores: float (C,), without padding. label: the relevant one's column, or -1.
-    """
-    return np.lexsort((np.arange(len(scores)) == label, -scores))

@@ -114,7 +114,7 @@ class DualEncoder(PreTrainedModel):
         mean, std = (
             torch.tensor(values, device=images.device)[:, None, None] for values in statistics
         )
-        pixel_values = ((images / 255 - mean) / std).to(self.head[0].weight.dtype)
+        pixel_values = ((images / 255 - mean) / std).to(self.log_scale.dtype)
         # Channels last: on a CPU the small model's convolutions take two thirds of the time.
         features = pool_all_levels(
             self.backbone, pixel_values.contiguous(memory_format=torch.channels_last)

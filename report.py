@@ -89,12 +89,12 @@ def write_metric_csv(path, dataset, prediction, queries):
 
 
 def with_lists(queries, dataset, prediction):
-    """Some rows of `queries` as metric.csv has them, with LISTS as JSON."""
+    """Some rows of `queries` as metric.csv has them: with LISTS, as JSON."""
     lists = []
     for row in queries.index:
         keys = [json.dumps(key, ensure_ascii=False) for key in dataset.keys_of(row)]
         scores = prediction.predictions[row, : len(keys)]
-        order = metrics.best_first(scores, prediction.label_ids[row])
+        order = best_first(scores, prediction.label_ids[row])
         scores = [str(score) for score in scores]  # the shortest that read back as the same float32
         columns = keys, scores, [scores[i] for i in order], [keys[i] for i in order]
         lists.append([f"[{', '.join(values)}]" for values in columns])
@@ -102,10 +102,20 @@ def with_lists(queries, dataset, prediction):
     return pd.concat([queries[COPIED], lists, queries.drop(columns=COPIED)], axis=1)
 
 
-def first_candidates(query):
-    """What is shown of a row of metric.csv: the TOP best and the relevant one, and of how many.
+def best_first(scores: np.ndarray, label: int) -> np.ndarray:
+    """The columns of one query's candidates, best first: int64 (C,).
 
-    Each is (key, score, whether it is the relevant one). The score of a missing one is None.
+    Among equal scores the relevant one is last, so it stands at its rank.
+    scores: float (C,), without padding. label: the relevant one's column, or -1.
+    """
+    return np.lexsort((np.arange(len(scores)) == label, -scores))
+
+
+def first_candidates(query):
+    """The candidates to show of a row of metric.csv, and how many it has.
+
+    The TOP best and the relevant one, each as (key, score, whether it is the relevant one). A
+    relevant one that is missing has no score but None.
     """
     keys, relevant = json.loads(query["sorted_candidate_resourcekey"]), query["resourceKey"]
     scores = np.array(json.loads(query["sorted_score"]), np.float32).tolist()
@@ -123,7 +133,7 @@ def summary(ranks):
 
 
 def draw_contact_sheet(path, dataset, prediction, queries):
-    """Some queries, the same ones whatever the model, and the worst misses. queries: with rank."""
+    """Some queries, the same ones whatever the model, and then the worst misses."""
     try:
         from PIL import Image
     except ImportError:
@@ -159,7 +169,7 @@ def draw_contact_sheet(path, dataset, prediction, queries):
 
 
 def draw_query(sheet, y, widths, data_dir, query):
-    """One query of the sheet and its first candidates. query: its row of metric.csv."""
+    """A query and its first candidates, one row of the sheet. query: its row of metric.csv."""
     word, picture = show_query(data_dir, query)
     shown, count = first_candidates(query)
     draw_picture(sheet, 2 * GAP, y, picture, widths[0], QUERY)
@@ -237,7 +247,7 @@ def font(size):
     """The best font there is: of the package pylopdf-fonts-ko, of the system, or Pillow's own."""
     from PIL import ImageFont
 
-    for name in filter(None, [packaged_font(), *FONTS]):
+    for name in [packaged_font(), *FONTS]:
         with suppress(OSError):  # there is none of this name
             return ImageFont.truetype(name, size)
     return ImageFont.load_default(size)

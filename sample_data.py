@@ -1,14 +1,14 @@
-"""Builds the default data set: icons of six design teams, as the pages and elements of a match-element search.
+"""Build the default data: icons of 13 styles as the pages and elements of a match-element search.
 
     python sample_data.py --data_dir default_data
 
-train.py calls `build` when the default folder is absent. Delete this file when you bring data of your own.
+train.py builds it where it is absent. Delete this file when you bring data of your own.
 
-The icons come from the fonts inside the PyPI package `qtawesome`. A *style* is one way of drawing (ph-thin, mdi-outline, ...);
-a *search word* is a word of an icon's name; a *page* holds icons of one style, one of them taken out; the *candidates* are the
-icons of every style whose name has the word. The one that was taken out is relevant, and the others of its style are left out,
-so that there is one right answer: the element in the style of the page. Words, and the icons they bring, are split between
-train, eval and test_vocabulary: the test asks for words and elements that training never saw.
+The icons come from the fonts in the PyPI package `qtawesome`. A *style* is one way of drawing:
+ph-thin, mdi-outline, ... A *search word* is a word of an icon's name. A *page* holds icons of one
+style. One of them is taken out, and it is the relevant element. The *candidates* are the icons of
+all styles whose name has the word. Others of the page's style are left out, so there is one right
+answer. The test asks for words and elements that training never saw.
 
 With the same packages every run writes the same bytes.
 """
@@ -28,43 +28,24 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-SEED = 0
-PAGE_SIZE, ELEMENT_SIZE = (
-    96,
-    32,
-)  # pixels; an element stands in its page at its own size, so line widths compare
-PAGES = {
-    "train": 8000,
-    "eval": 500,
-    "test_vocabulary": 500,
-}  # rows that training or evaluation will use
-SHARE = {"train": 0.76, "eval": 0.08, "test_vocabulary": 0.16}  # of the search words
-ODD_ROWS = (
-    5  # a CSV has as many rows without candidates, and as many with 400 or more, as real data has
-)
-COLUMNS = [
-    "search_word",
-    "template_idx",
-    "page_num",
-    "x_image_path",
-    "resourceKey",
-    "candidate_resourceKey",
-    "x_info",
-    "y_info",
-]
+from runtime.launch import UserError, errors_in_one_line
 
-# font file (without its version) -> the styles in it, each told from the others by the suffix of the icon's name
+SEED = 0
+PAGE_SIZE, ELEMENT_SIZE = 96, 32  # pixels. An element has its own size in a page: widths compare.
+PAGES = {"train": 8000, "eval": 500, "test_vocabulary": 500}  # rows that are used
+SHARE = {"train": 0.76, "eval": 0.08, "test_vocabulary": 0.16}  # of the search words
+ODD_ROWS = 5  # rows without candidates in each CSV, and rows with 400 or more, as real data has
+
+COLUMNS = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKey")
+COLUMNS += ("candidate_resourceKey", "x_info", "y_info")
+
+# {font file without its version: {style: the suffix of its icons' names}}
 FONTS = {
     "fontawesome6-regular-webfont": {"fa-regular": ""},
     "fontawesome6-solid-webfont": {"fa-solid": ""},
     "materialdesignicons6-webfont": {"mdi-outline": "-outline", "mdi-filled": ""},
-    "phosphor": {
-        "ph-thin": "-thin",
-        "ph-light": "-light",
-        "ph-bold": "-bold",
-        "ph-fill": "-fill",
-        "ph-regular": "",
-    },
+    "phosphor": {f"ph-{way}": f"-{way}" for way in ("thin", "light", "bold", "fill")}
+    | {"ph-regular": ""},
     "remixicon": {"ri-line": "-line", "ri-fill": "-fill"},
     "codicon": {"codicon": ""},
     "elusiveicons-webfont": {"elusive": ""},
@@ -73,12 +54,7 @@ FONTS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--data_dir",
-        type=Path,
-        default=Path("default_data"),
-        help="folder to write; it must not exist yet",
-    )
+    parser.add_argument("--data_dir", default="default_data", help="folder; it must not exist yet")
     build(parser.parse_args().data_dir)
 
 
@@ -95,14 +71,13 @@ def build_once(accelerator, data_dir: str):
 
 
 def build(data_dir: str | Path, progress: bool = True):
-    """Write the whole data set to `data_dir` (the layout is told in data.py).
+    """Write the data set to `data_dir`, whole or not at all. data.py tells its layout.
 
-    It is written beside `data_dir` and renamed when whole, so that an interrupted build is never taken for a data set.
-    Raises FileExistsError if `data_dir` is there already.
+    Raises UserError if `data_dir` is there already.
     """
     data_dir = Path(data_dir)
     if data_dir.exists():
-        raise FileExistsError(f"{data_dir} exists already: remove it to have it built again")
+        raise UserError(f"{data_dir} is there already: remove it to have it built again")
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{data_dir.name}-unfinished-", dir=data_dir.parent))
     try:
@@ -138,12 +113,12 @@ def build(data_dir: str | Path, progress: bool = True):
 
 
 def read_icons():
-    """Return {(style, name without the style's suffix): (font file, code point)}, in a fixed order."""
-    # The package is found, not imported: importing it asks for Qt.
+    """{(style, name without the style's suffix): (font file, code point)}, in a fixed order."""
+    # The package is found and not imported: an import needs Qt.
     package = importlib.util.find_spec("qtawesome")
     if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "the default data is drawn from the fonts of the package qtawesome: pip install qtawesome"
+        raise UserError(
+            "the default data is drawn from the fonts of a package: pip install qtawesome"
         )
     folder = Path(package.submodule_search_locations[0]) / "fonts"
     icons = {}
@@ -158,19 +133,19 @@ def read_icons():
 
 
 def split_by_word(icons):
-    """Deal the search words to the splits, and each icon to one split: return {split: (icons, words)}.
+    """Deal the search words to the splits, and each icon to one: {split: (icons, words)}.
 
-    A word with many icons is no subject but a manner ("circle", "off"), and one with few leaves nothing to rank: neither is
-    a search word. An icon with a word of the test goes to the test, whatever its other words, so that no word of the test
-    brings an icon that training saw; the same for eval.
+    A word of many icons names a manner ("circle", "off"), and one of few leaves nothing to rank.
+    Neither is a search word. An icon with a word of the test goes to the test, so no word of the
+    test brings an icon that training saw. The same holds for eval.
     """
-    found = defaultdict(set)
+    icons_of = defaultdict(set)  # {word: its icons}
     for style, name in icons:
         for word in name.split("-"):
-            found[word].add((style, name))
+            icons_of[word].add((style, name))
     words = sorted(
         w
-        for w, has in found.items()
+        for w, has in icons_of.items()
         if len(w) > 2 and w.isalpha() and 8 <= len(has) <= 160 and len({s for s, _ in has}) > 2
     )
     words = [words[i] for i in np.random.default_rng(SEED).permutation(len(words))]
@@ -188,10 +163,13 @@ def split_by_word(icons):
 
 
 def draw_elements(icons, folder, bar):
-    """Write {style}_{name}.png for each icon: {(style, name): uint8 (ELEMENT_SIZE, ELEMENT_SIZE), ink, 255 is black}."""
+    """Write {style}_{name}.png for each icon. {(style, name): its ink}, 255 is black.
+
+    The ink is uint8 (ELEMENT_SIZE, ELEMENT_SIZE).
+    """
     glyphs = {}
     for number, ((style, name), (font_file, code_point)) in enumerate(icons.items()):
-        # One font size for all icons of a font keeps its line width; only those too wide for the square are drawn smaller.
+        # One size for all icons of a font keeps its line width. Only those too wide are smaller.
         size, character = ELEMENT_SIZE - 4, chr(code_point)
         left, top, right, bottom = load_font(font_file, size).getbbox(character)
         if max(right - left, bottom - top) > ELEMENT_SIZE:
@@ -224,22 +202,20 @@ def compose_pages(split, icons, words, glyphs, random, folder, bar):
         return items[random.integers(len(items))]
 
     rows = []
-    words = [
-        word for word in words if len(by_word[word]) > 1
-    ]  # one style alone would leave nothing to rank
+    words = [word for word in words if len(by_word[word]) > 1]  # one style leaves nothing to rank
     while len(rows) < PAGES[split] + 2 * ODD_ROWS:
         word = pick(words)
         style = pick(list(by_word[word]))
         name = pick(by_word[word][style])
-        found = [(style, name)] + [
+        candidates = [(style, name)] + [
             (s, n) for s, names in by_word[word].items() if s != style for n in names
         ]
         odd = len(rows) - PAGES[split]  # the odd rows come last
         if odd >= ODD_ROWS:  # a search that found far too much
-            found += [icon for icon in icons if icon[0] != style and icon not in found][
-                : 400 - len(found) + odd
+            candidates += [icon for icon in icons if icon[0] != style and icon not in candidates][
+                : 400 - len(candidates) + odd
             ]
-        found = [] if 0 <= odd < ODD_ROWS else [f"{s}_{n}" for s, n in found]
+        candidates = [] if 0 <= odd < ODD_ROWS else [f"{s}_{n}" for s, n in candidates]
 
         # A grid of icons of the style, with one cell left empty: the relevant one was taken out.
         steps = range(0, PAGE_SIZE, ELEMENT_SIZE)
@@ -251,26 +227,19 @@ def compose_pages(split, icons, words, glyphs, random, folder, bar):
         path = f"{split}_{len(rows):05d}"
         Image.fromarray(page).save(folder / f"{path}.png", compress_level=1)
         (x, y), box = cells[0], ELEMENT_SIZE
-        rows.append(
-            [
-                word,
-                len(rows) // 4,
-                len(rows) % 4,
-                path,
-                f"{style}_{name}",
-                [found[i] for i in random.permutation(len(found))],
-            ]
-            + [[PAGE_SIZE, PAGE_SIZE], [x, y, x + box, y + box]]
-        )
+        keys = [candidates[i] for i in random.permutation(len(candidates))]
+        row = [word, len(rows) // 4, len(rows) % 4, path, f"{style}_{name}", keys]
+        rows.append([*row, [PAGE_SIZE, PAGE_SIZE], [x, y, x + box, y + box]])
         bar.update()
     return rows
 
 
 @functools.cache
 def load_font(font_file, size):
-    # The basic layout engine: the other one, where it is installed, places glyphs differently.
+    # The basic layout engine. The other one places glyphs differently, where it is installed.
     return ImageFont.truetype(font_file, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

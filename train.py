@@ -1,15 +1,14 @@
-"""The training loop: copy it, edit it. No Trainer and no callbacks: a step reads top to bottom.
+"""The training loop: copy it, edit it. No Trainer and no callbacks: read it top to bottom.
 
     accelerate launch --config_file accelerate_config/cpu.yaml train.py      # all cores of a CPU
     accelerate launch --config_file accelerate_config/cpu_2_processes.yaml train.py
     accelerate launch --config_file accelerate_config/single_gpu.yaml train.py    # or multi_gpu
-    accelerate launch train.py --config run.yaml --learning_rate 1e-3    # a YAML, flags over it
+    accelerate launch --mixed_precision bf16 train.py --config run.yaml --learning_rate 1e-3
 
-Reading order: main, train, train_step, and what they call. The options are in config.py, the
-evaluations in evaluate.py. What a row, a score and the loss are is in data.py and model.py.
+Precision, processes and strategy are the launch's. Options are in config.py, evaluations in
+evaluate.py, rows in data.py. The loss is `losses` of the model's forward, in model.py.
 
-B micro-batch of one process. G global batch = B x processes x accumulation. An update is one step
-of the optimizer.
+B: rows in a process's micro-batch. Global batch: B x processes x accumulation.
 """
 
 import importlib.util
@@ -45,11 +44,13 @@ def main():
     set_seed(config.seed)  # the same on every process: all start with the same weights
     make_output_dir(accelerator, config.output_dir, config.resume_from_checkpoint)
     if config.data_dir == Config.data_dir and importlib.util.find_spec("sample_data"):
-        import sample_data  # here, so that the file can be deleted
+        import sample_data  # here, so that sample_data.py may be deleted
 
         sample_data.build_once(accelerator, config.data_dir)
 
-    # A resume needs its checkpoint alone: the model and its preprocessing come from there.
+    # A resume: find the checkpoint, load the model from it, read the data with its preprocessing,
+    # compare what the numbers depend on, and in `train` load the optimizer and random states.
+    # A copy that never resumes drops the lines with `checkpoint`, `depends_on` and `resume`.
     checkpoint = find_checkpoint(accelerator, config.output_dir, config.resume_from_checkpoint)
     model_dir = checkpoint or config.model_name_or_path
     with launch.option_named(f"--model_name_or_path {model_dir}"):
@@ -65,7 +66,7 @@ def main():
     state = make_state(accelerator, config, train_dataset, depends_on)
     resume(accelerator, state, checkpoint, config.output_dir)
     if state.finished:
-        accelerator.print(f"{config.output_dir} holds a run that is finished: it is left as it is")
+        accelerator.print(f"{config.output_dir} holds a finished run: there is nothing to do")
         return launch.finish(accelerator)
     counts = {str(dataset.path): dataset.counts for dataset in datasets}
     start_trackers(accelerator, config, state, counts)
@@ -75,30 +76,30 @@ def main():
 
 
 def train(accelerator, config, model, state, checkpoint, train_dataset, evaluations) -> int:
-    """Train `model` from `state` on. Everything that it leaves is in config.output_dir.
+    """Train `model`, starting at `state`. All output goes to config.output_dir.
 
     checkpoint: the folder that `state` was read from, or None. Returns the exit status: 0, or that
-    of a signal, after which everything is saved. Raises UserError.
+    of the signal that stopped it, once a checkpoint is saved.
     """
     train_dataloader = make_train_dataloader(accelerator, train_dataset, state, config)
-    # eps: with 1e-8 a weight whose gradient is only rounding moves by a full step, and runs that
-    # should agree drift apart. fused: a third of the time on a CPU, where it is not the default.
+    # eps: with 1e-8 a weight whose gradient is rounding error takes a full step, and equal runs
+    # drift apart. fused: this step is three times as fast on a CPU, where it is not the default.
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.learning_rate, eps=1e-6, fused=True
     )
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
-    set_seed(config.seed, device_specific=True)  # from here each process has dropout of its own
+    set_seed(config.seed, device_specific=True)  # from here each process has its own dropout
     if checkpoint is not None:
         load_training_state(accelerator, checkpoint)
-    launch.watch_for_stop(accelerator)
+    launch.watch_for_stop(accelerator)  # Ctrl+C and SIGTERM
     start_progress(accelerator, state)
     try:
-        if not state.done:  # before the first update, or where an evaluation was interrupted
+        if not state.done:  # before the first update, or to redo an interrupted evaluation
             maybe_log_save_evaluate(accelerator, model, state, config, evaluations)
         model.train()
-        for batch in train_dataloader:  # a micro-batch
-            # Gradients are all-reduced at the last micro-batch of an update. At the others
-            # optimizer.step and zero_grad do nothing.
+        for batch in train_dataloader:  # the micro-batches of all epochs
+            # `backward` all-reduces gradients at an update's last micro-batch: `accumulate` sees to
+            # it. At the others optimizer.step and zero_grad do nothing.
             with accelerator.accumulate(model):
                 state.learning_rate = learning_rate_at(state.step, state.num_updates, config)
                 for group in optimizer.param_groups:
@@ -115,13 +116,14 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, evaluati
                 state.done = False
                 state.progress.update()
                 maybe_log_save_evaluate(accelerator, model, state, config, evaluations)
+                # To stop early: save_checkpoint and break once state.best_step is too long ago.
                 if state.step < state.num_updates:
                     launch.stop_if_asked()
     except launch.Stopped as stopped:
         collect_losses(accelerator, state)
         save_checkpoint(accelerator, model, state, config.output_dir, config.save_total_limit)
         accelerator.print(
-            f"\nstopped, as asked, after update {state.step}, which is saved in "
+            f"\nstopped after update {state.step}, which is saved in "
             f"{config.output_dir}/checkpoints: the same command resumes from there"
         )
         return stopped.status
@@ -133,26 +135,26 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, evaluati
 
 
 def train_step(accelerator, model, batch):
-    """Forward and backward of one micro-batch: its index, weight and losses, each (B,).
+    """Forward and backward of a micro-batch. Returns its index, weight and losses, each (B,).
 
-    They stay on the device, and nothing waits for it. The last global batch of an epoch is padded:
-    padding has index -1 and weight 0, and the other items of that batch weigh more. In a full
-    batch of rows all weigh 1.
+    They stay on the device: no synchronisation here. An epoch's last global batch is padded, so
+    that all processes have equal batches. Padding has index -1 and weight 0. The other rows of
+    that batch weigh more, so that the mean is theirs. In a full batch every row weighs 1.
     """
     index, weight = batch.pop("index"), batch.pop("weight")  # (B,), (B,)
-    # Only through the wrapped model: DDP, DeepSpeed and FSDP2 hook nothing but its forward.
-    losses = check_outputs(model(**batch), len(index))["losses"]  # (B,)
-    # A mean over B, over the micro-batches in backward, over the processes in the all-reduce:
-    # together the mean over the global batch.
+    # Not model.module(...): without the wrapper's forward no gradients are synchronised.
+    losses = check_outputs(model(**batch), len(index), "losses")["losses"]  # (B,)
+    # A mean over B here, over micro-batches in backward, over processes in the all-reduce: in all
+    # the mean over the global batch.
     accelerator.backward((losses * weight).mean())
     return index, weight, losses.detach()
 
 
 def learning_rate_at(step: int, num_updates: int, config: Config) -> float:
-    """The rate of update `step`, from 0: linear to config.learning_rate, then half a cosine to 0.
+    """The rate of update `step`, counted from 0: linear warmup, then half a cosine to 0.
 
-    The first update has 1/warmup of the peak. EDIT HERE for another schedule. It is a function of
-    the update alone, so it has no state. A resume does not notice that it was edited.
+    The first update has 1/warmup of the peak. EDIT HERE for another schedule. It depends on `step`
+    alone, so nothing is saved. A resume does not notice an edit.
     """
     warmup = config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * num_updates
     warmup = max(1, round(warmup))
@@ -163,7 +165,7 @@ def learning_rate_at(step: int, num_updates: int, config: Config) -> float:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and kernels decay. Biases, norms and scales have fewer than two dimensions."""
+    """Weight decay for tensors of two dimensions or more: not for biases, norms and scales."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in parameters if parameter.ndim >= 2]
     others = [parameter for parameter in parameters if parameter.ndim < 2]

@@ -63,21 +63,16 @@ def make_train_dataloader(accelerator, dataset, state, config) -> DataLoader:
     sampler = TrainSampler(
         dataset.item_weights, state.global_batch_size, state.num_updates, config.seed, state.step
     )
-    return make_dataloader(
-        accelerator,
-        dataset,
-        config.dataloader_num_workers,
-        sampler=sampler,
-        batch_size=config.per_device_train_batch_size,
-    )
+    batch_size = config.per_device_train_batch_size
+    return make_dataloader(accelerator, dataset, config, sampler=sampler, batch_size=batch_size)
 
 
-def make_dataloader(accelerator, dataset, num_workers: int, **sampling) -> DataLoader:
+def make_dataloader(accelerator, dataset, config, **sampling) -> DataLoader:
     """A DataLoader over a data set of the contract. sampling: its sampler, or its batches."""
     return DataLoader(
         dataset,
         collate_fn=whole,
-        num_workers=num_workers,
+        num_workers=config.dataloader_num_workers,
         worker_init_fn=leave_signals_to_the_main_process,
         # Else iterating draws from the random state that dropout uses, and a resumed run differs.
         generator=torch.Generator(),
@@ -144,4 +139,6 @@ def evaluation_batches(
         keys += [Key(items[0], weight=0.0)] * (-len(keys) % batch_size)
         length = multiple * batch_size
         batches += [keys[start : start + length] for start in range(0, len(keys), length)]
-    return batches + [[Key(0, weight=0.0)]] * (-len(batches) % num_processes)
+    # A process with a batch less than others gets one of padding, of a shape that is there already.
+    padding = [key._replace(weight=0.0) for key in batches[-1]]
+    return batches + [padding] * (-len(batches) % num_processes)

@@ -209,6 +209,8 @@ def save_model(accelerator: Accelerator, model, folder: Path, training_config: d
 def write_model(accelerator, model, folder, training_config):
     # Every process takes part: under ZeRO-3 and FSDP2 each holds a part of the weights.
     state_dict = accelerator.get_state_dict(model)
+    # The names in a compiled model begin with this, and nothing could load them.
+    state_dict = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
     if accelerator.is_main_process:
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
         plain.save_pretrained(folder, state_dict=state_dict)
@@ -253,6 +255,6 @@ def hash_model(accelerator: Accelerator, model_name_or_path: str | None) -> str 
             json.dumps(sorted(files.items())).encode(), digest_size=16
         ).hexdigest()
     try:
-        return Path(cached_file(model_name_or_path, "config.json")).parent.name
+        return Path(str(cached_file(model_name_or_path, "config.json"))).parent.name
     except OSError:
         return None

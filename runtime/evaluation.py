@@ -33,7 +33,7 @@ def gather_items(accelerator, indices, outputs, dataset):
     real = index >= 0
     index = index[real]
     times = torch.bincount(index.cpu(), minlength=len(dataset))
-    wrong = torch.nonzero(times != 1)[:, 0].tolist()
+    wrong = torch.nonzero((times != 1) | (torch.arange(len(times)) >= len(dataset)))[:, 0].tolist()
     if wrong:
         names = [dataset.name_item(item) for item in wrong[:5] if item < len(dataset)]
         raise RuntimeError(
@@ -50,6 +50,8 @@ def gather_items(accelerator, indices, outputs, dataset):
 def gather(accelerator, batches):
     """(B, ...) of each batch of each process to (all, ...), padded where their widths differ."""
     first = batches[0]
+    if first.dtype == torch.bool:  # accelerate would make whole numbers of it where it pads
+        return gather(accelerator, [values.to(torch.uint8) for values in batches]).bool()
     padding = -math.inf if first.is_floating_point() else -100 if first.dtype.is_signed else 0
     widths = [max(sizes) for sizes in zip(*(values.shape[1:] for values in batches), strict=True)]
     together = first.new_full((sum(map(len, batches)), *widths), padding)
@@ -62,10 +64,13 @@ def gather(accelerator, batches):
     return accelerator.gather(together)
 
 
-def check_outputs(outputs, num_items: int):
+def check_outputs(outputs, num_items: int, *needed: str):
     """What `forward` returned for a batch, if it keeps the contract. Raises UserError."""
     if not isinstance(outputs, Mapping):
         raise UserError(f"forward must return a dict of tensors, not {type(outputs).__name__}")
+    for name in needed:
+        if name not in outputs:
+            raise UserError(f"forward must return {name!r}; it returned {', '.join(outputs)}")
     for name, values in outputs.items():
         shape = tuple(getattr(values, "shape", ()))
         if shape[:1] != (num_items,):
@@ -83,8 +88,10 @@ def check_metrics(metrics) -> dict[str, float]:
     if "loss" in metrics:
         raise UserError("compute_metrics returned 'loss', which is the name of the mean loss")
     for name, value in metrics.items():
-        if np.ndim(value) > 0 or not isinstance(value, (int, float, np.generic, torch.Tensor)):
-            raise UserError(f"compute_metrics: {name!r} must be a number, and is {value!r:.80}")
+        numbers = (int, float, np.number, np.bool_, torch.Tensor)
+        if not isinstance(value, numbers) or np.ndim(value) > 0:
+            said = " ".join(repr(value).split())
+            raise UserError(f"compute_metrics: {name!r} must be a number, and is {said:.80}")
     return {name: float(value) for name, value in metrics.items()}
 
 

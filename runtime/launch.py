@@ -7,15 +7,23 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    is_deepspeed_available,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
+
+TIMEOUT = timedelta(hours=2)  # a process that is dead is noticed at once all the same
 
 
 class UserError(ValueError):
@@ -37,14 +45,22 @@ def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
         not torch.accelerator.is_available()
         or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     )
+    if deepspeed and not is_deepspeed_available():
+        raise UserError("this launch needs DeepSpeed: pip install -r requirements-deepspeed.txt")
     # On a CPU DDP needs cpu=True. DeepSpeed needs gloo, and cpu=True would switch it off.
+    # Others wait while process 0 writes files, for longer than the 10 minutes of NCCL.
+    group: Any = {"timeout": TIMEOUT} | ({"backend": "gloo"} if on_cpu and deepspeed else {})
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else [],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(**group),
+            # Without it DDP keeps the gradients twice, 4 bytes a parameter.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         **kwargs,
     )
-    check_launch(accelerator)
+    check_launch(accelerator, kwargs.get("gradient_accumulation_steps", 1))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         set_up_deepspeed(accelerator, max_grad_norm, kwargs.get("gradient_accumulation_steps", 1))
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision != "no":
@@ -71,7 +87,7 @@ def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
     return accelerator
 
 
-def check_launch(accelerator: Accelerator):
+def check_launch(accelerator: Accelerator, gradient_accumulation_steps: int):
     """Raise a UserError where accelerate fell back to fewer processes or another strategy."""
     asked = int(os.environ.get("WORLD_SIZE", 1))
     # Without a GPU `accelerate launch --num_processes 2` starts one process. Its environment tells.
@@ -88,6 +104,13 @@ def check_launch(accelerator: Accelerator):
         raise UserError(
             f"{asked} processes were launched, but they did not find each other: "
             f"this one sees {accelerator.num_processes}"
+        )
+    steps = accelerator.gradient_accumulation_steps
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if not deepspeed and steps != gradient_accumulation_steps:  # set_up_deepspeed compares too
+        raise UserError(
+            f"the launch or ACCELERATE_GRADIENT_ACCUMULATION_STEPS asks for accumulation {steps}, "
+            f"the command for {gradient_accumulation_steps}: say it in the command alone"
         )
     for strategy in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         wanted = os.environ.get(f"ACCELERATE_USE_{strategy.value}", "").lower() == "true"
@@ -107,7 +130,7 @@ def check_launch(accelerator: Accelerator):
         raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")
 
 
-def refuse_divided_weights(accelerator: Accelerator):
+def refuse_sharded_weights(accelerator: Accelerator):
     """For an evaluation by itself. Raises UserError."""
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise UserError(
@@ -174,7 +197,7 @@ def watch_for_stop(accelerator: Accelerator):
     _stop.launcher = os.getppid() if launched else None
     if accelerator.num_processes > 1:
         # On gloo, between the hosts: nobody waits for the work that a GPU still has to do.
-        _stop.group = torch.distributed.new_group(backend="gloo")
+        _stop.group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def stop_if_asked():

@@ -26,17 +26,16 @@ class WrongOption(UserError):
 
 
 def option(default, text, *, heading="", at_least=0, check=None, changes_no_number=False) -> Any:
-    """A field. MISSING as default: it must be given. text: the reason, for --help.
+    """A field of a dataclass of options. MISSING as default: it must be given.
 
-    heading: it is the first field under that in --help. at_least: of a number.
-    check: (what the value must be, the function that says whether it is).
+    text: the reason, for --help. heading: --help has it above this field. at_least: for numbers.
+    check: (what the value must be, a function that tells whether it is).
     """
     return field(default=default, metadata=locals())
 
 
-# A setting is an option that changes no number, so it may differ when a run resumes.
+# An option that changes no number, so it may differ when a run resumes.
 setting = partial(option, changes_no_number=True)
-
 
 # What to do instead of Trainer's usual options, and of the names of version 0.1.
 INSTEAD = {
@@ -47,17 +46,14 @@ INSTEAD = {
     "optim adam_beta1 adam_beta2": "edit train.py: the optimizer is one line in `train`",
     "lr_scheduler_type": "edit train.py: learning_rate_at",
     "push_to_hub hub_model_id": "when training is done: hf upload NAME output/best",
-    "evaluation_strategy eval_strategy": "evaluations are counted in updates: --eval_steps",
-    "logging_strategy": "lines of the log are counted in updates: --logging_steps",
-    "save_strategy": "checkpoints are counted in updates: --save_steps",
+    "evaluation_strategy eval_strategy eval_every": "updates are counted: --eval_steps",
+    "logging_strategy log_every": "updates are counted: --logging_steps",
+    "save_strategy save_every": "updates are counted: --save_steps",
     "load_best_model_at_end": "the best model is in best/ of --output_dir",
     "overwrite_output_dir": "nothing is overwritten: remove the folder or name another one",
     "num_epochs": "now --num_train_epochs",
     "per_device_batch_size": "now --per_device_train_batch_size and --per_device_eval_batch_size",
     "warmup_ratio": "now --warmup_steps: below 1 it is a share of the updates",
-    "log_every": "now --logging_steps",
-    "eval_every": "now --eval_steps",
-    "save_every": "now --save_steps",
     "resume": "now --resume_from_checkpoint",
     "num_workers": "now --dataloader_num_workers",
     "best_metric": "now --metric_for_best_model and --greater_is_better",
@@ -72,8 +68,8 @@ def read_options(kind: Any, arguments: list[str]) -> Any:
     """
     dashed = re.compile(r"(?<=^--)[\w-]+(?=$|=)")  # Trainer takes --output-dir too
     words = [dashed.sub(lambda name: name[0].replace("-", "_"), word) for word in arguments]
-    found, unknown = make_parser(kind).parse_known_args(words)
-    texts = {name: (f"--{name}", text) for name, text in vars(found).items()}
+    given, unknown = make_parser(kind).parse_known_args(words)
+    texts = {name: (f"--{name}", text) for name, text in vars(given).items()}
     file = texts.pop("config", None)
     if file:
         texts = read_yaml(file[1]) | texts
@@ -83,15 +79,15 @@ def read_options(kind: Any, arguments: list[str]) -> Any:
     wrong += [(texts[name][0], name) for name in texts if name not in kind.__dataclass_fields__]
     problems = [f"{where}: {what_instead(name, kind)}" for where, name in wrong]
     values = {}
-    for each in fields(kind):
-        where, text = texts.get(each.name, (f"--{each.name}", None))
+    for one in fields(kind):
+        where, text = texts.get(one.name, (f"--{one.name}", None))
         if text is not None:
             try:
-                values[each.name] = read_value(each, text)
+                values[one.name] = read_value(one, text)
             except ValueError as error:
                 problems.append(f"{where} is {text!r}, it must be {error}")
-        elif each.default is MISSING:
-            problems.append(f"{where} is missing: {each.metadata['text']}")
+        elif one.default is MISSING:
+            problems.append(f"{where} is missing: {one.metadata['text']}")
     if problems:
         raise WrongOption("; ".join(problems))
     return kind(**values)
@@ -112,35 +108,35 @@ def make_parser(kind) -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML of these options, without dashes")
-    for each in fields(kind):
-        said = each.metadata
+    for one in fields(kind):
+        said = one.metadata
         if said["heading"]:
             group = parser.add_argument_group(said["heading"])
-        notes = [f"default: {each.default}"] if each.default is not MISSING else ["required"]
+        notes = [f"default: {one.default}"] if one.default is not MISSING else ["required"]
         notes += [f"at least {said['at_least']}"] if said["at_least"] else []
-        alone = type_of(each) is bool  # --flag stands for --flag true
+        alone = type_of(one) is bool  # --flag stands for --flag true
         group.add_argument(
-            f"--{each.name}",
+            f"--{one.name}",
             nargs="?" if alone else None,
             const="true" if alone else None,
-            metavar=type_of(each).__name__.upper(),
+            metavar=type_of(one).__name__.upper(),
             help=f"{said['text']} ({'; '.join(notes)})".replace("%", "%%"),
         )
     return parser
 
 
-def type_of(each) -> type:
-    return (typing.get_args(each.type) or (each.type,))[0]  # int, of `int | None`
+def type_of(one) -> type:
+    return (typing.get_args(one.type) or (one.type,))[0]  # int, of `int | None`
 
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 MUST_BE = {bool: "true or false", str: "a line of text", int: "a whole number", float: "a number"}
 
 
-def read_value(each, text: str) -> Any:
+def read_value(one, text: str) -> Any:
     """The value that the text means for a field. Raises ValueError, which says what it must be."""
-    kind, least = type_of(each), each.metadata["at_least"]
-    must_be, fits = each.metadata["check"] or (MUST_BE[kind], lambda value: True)
+    kind, least = type_of(one), one.metadata["at_least"]
+    must_be, fits = one.metadata["check"] or (MUST_BE[kind], lambda value: True)
     with suppress(KeyError, ValueError):
         if kind is bool:
             return BOOLEANS[text.lower()]
@@ -156,7 +152,7 @@ def read_value(each, text: str) -> Any:
 
 def read_yaml(file: str) -> dict[str, tuple[str, str | None]]:
     """{name: (where it stands, its text)}: a value means what it means as a flag. Null is None."""
-    where, found = f"--config {file}:", {}
+    where, texts = f"--config {file}:", {}
     try:
         text = Path(os.path.expanduser(file)).read_text(encoding="utf-8")
         root = yaml.compose(text, yaml.BaseLoader)
@@ -169,11 +165,11 @@ def read_yaml(file: str) -> dict[str, tuple[str, str | None]]:
         name = key.value.replace("-", "_")
         if not isinstance(value, yaml.ScalarNode):
             raise WrongOption(f"{where} {name} must have one value, on its line")
-        if name in found:
+        if name in texts:
             raise WrongOption(f"{where} {name} is there twice")
         null = value.style is None and value.value.lower() in ("", "~", "null")
-        found[name] = (f"{where} {name}", None if null else value.value)
-    return found
+        texts[name] = (f"{where} {name}", None if null else value.value)
+    return texts
 
 
 def what_instead(name: str, kind) -> str:

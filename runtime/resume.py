@@ -150,7 +150,7 @@ def training_metrics(state: TrainState) -> dict[str, float]:
     values = {
         # Summed exactly: the order changes no bit, nor do interruptions and processes.
         "train/loss": math.fsum(state.losses) / len(state.losses),
-        "train/grad_norm": state.grad_norm,
+        "train/grad_norm": float(state.grad_norm),
         "train/learning_rate": state.learning_rate,
         "train/samples_per_second": state.items / state.seconds,
     }
@@ -209,10 +209,13 @@ def resume(accelerator: Accelerator, state: TrainState, checkpoint: Path | None,
     if checkpoint is None:
         before = first_line(folder / "log.jsonl")
         if before is not None:
-            compare(state, before["depends_on"], folder)
+            compare(state, before.get("depends_on", {}), folder)
             accelerator.print(f"{folder} holds a run without a whole checkpoint: it starts again")
         return
     manifest, saved = read_checkpoint(checkpoint)
+    if state.depends_on["model"] is None:
+        accelerator.print("the base model is not there any more; the checkpoint has all of it")
+        state.depends_on["model"] = manifest["depends_on"].get("model")
     compare(state, manifest["depends_on"], checkpoint)
     state.restore(saved)
     if not (folder / "best").exists():  # resumed in another folder: its next evaluation is the best
@@ -227,8 +230,6 @@ def resume(accelerator: Accelerator, state: TrainState, checkpoint: Path | None,
 
 
 def compare(state, before, what):
-    if state.depends_on["model"] is None:  # the base model is gone, and is not needed any more
-        state.depends_on["model"] = before.get("model")
     differences = [
         f"{name} was {before.get(name)}, is {value}"
         for name, value in state.depends_on.items()

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -102,18 +101,10 @@ def keep_lines(log: Path, state: TrainState) -> dict | None:
         # The step itself is logged again if what is due at it was not done.
         if not kept or step < state.step or (step == state.step and state.done):
             kept.append(line)
-    with open_whole(log) as file:
-        file.writelines(f"{line}\n" for line in kept)
+    unfinished = log.with_name(f".{log.name}-unfinished")  # a kill leaves one or the other whole
+    unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(unfinished, log)
     return json.loads(kept[0]) if kept else None
-
-
-@contextmanager
-def open_whole(path: Path):
-    """Write a text file atomically, by a temporary name: a reader sees the old one or the new."""
-    unfinished = path.with_name(f".{path.name}-unfinished")
-    with open(unfinished, "w", newline="", encoding="utf-8") as file:
-        yield file
-    os.replace(unfinished, path)
 
 
 def git_commit() -> str | None:
@@ -203,8 +194,8 @@ def show(accelerator: Accelerator, state: TrainState, values: dict[str, float]):
     chosen = state.training_config["metric_for_best_model"]
     if "train/loss" in values:
         text = f"loss {values['train/loss']:.4f}, {values['train/samples_per_second']:.0f} rows/s"
-        latest = list(state.evaluations.values())[-1]
-        state.progress.set_postfix_str(f"{text}, {chosen} {latest[chosen]:.4f}")
+        latest = [f", {chosen} {values[chosen]:.4f}" for values in state.evaluations.values()]
+        state.progress.set_postfix_str(text + "".join(latest[-1:]))
         if state.progress.disable:  # there is no bar in a file
             state.progress.write(f"update {state.step:>6}  {text}")
     evaluations = {}  # {"eval": its names}
@@ -228,7 +219,7 @@ def closing_table(state: TrainState, config) -> str:
         f"{last} updates of {state.global_batch_size} rows in {seconds:.0f} s, all included",
         f"{'':<24}{'before':>12}{f'best, {best}':>14}{f'last, {last}':>14}",
     ]
-    for name in state.evaluations[last]:
+    for name in state.evaluations.get(last, {}):
         before, at_best, at_last = (
             state.evaluations.get(step, {}).get(name, math.nan) for step in (first, best, last)
         )
@@ -239,6 +230,8 @@ def closing_table(state: TrainState, config) -> str:
         f"checkpoints/step_{last:08d}": "the model after the last update",
         "log.jsonl": "everything that was logged",
     }
+    if best is None:  # there was no evaluation, or its metric was NaN
+        del contents["best"]
     files = sorted(path.name for path in Path(config.output_dir).glob("[!.]*.*"))
     contents |= {name: "" for name in files if name not in contents}
     lines += [f"{f'{config.output_dir}/{name}':<36}  {text}" for name, text in contents.items()]

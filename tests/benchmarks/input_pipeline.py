@@ -13,13 +13,14 @@ from pathlib import Path
 
 import measure
 import torch
-from conftest import write_data
+from page_data import write_data
 from torch.utils.data import DataLoader
 
 import data
 import sample_data
-from data import TrainSampler, read_datasets, whole
+from data import read_datasets
 from model import DualEncoder, DualEncoderConfig
+from runtime.batches import TrainSampler, whole
 
 BATCH, NEGATIVES = 16, 7
 IMAGES = BATCH * (1 + 1 + NEGATIVES)  # in a batch: pages, relevant elements, drawn ones
@@ -64,7 +65,7 @@ def loader(dataset, workers, batches):
     return DataLoader(
         dataset,
         batch_size=BATCH,
-        sampler=TrainSampler(len(dataset), BATCH, batches, seed=0),
+        sampler=TrainSampler(dataset.item_weights, BATCH, batches, seed=0),
         collate_fn=whole,
         num_workers=workers,
     )

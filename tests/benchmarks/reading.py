@@ -15,7 +15,7 @@ from pathlib import Path
 
 import measure
 import numpy as np
-from conftest import save_image, write_csv
+from page_data import save_image, write_csv
 
 from data import read_datasets
 

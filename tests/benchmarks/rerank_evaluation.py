@@ -23,23 +23,18 @@ from unittest import mock
 import measure
 import numpy as np
 import torch
-from conftest import (
-    launch_command,
-    launch_environment,
-    make_tiny_model,
-    read_csv,
-    write_csv,
-    write_data,
-)
+from conftest import launch_command, launch_environment
+from page_data import make_tiny_model, read_csv, write_csv, write_data
 from trainer_reference import make_trainer
 
 import data
 import evaluate
 import sample_data
-import train
-from data import Key, read_datasets
-from metrics import compute_metrics
+from config import read_config
+from data import read_datasets
 from model import load_model
+from runtime.batches import Key
+from runtime.evaluation import evaluation_mode
 from runtime.launch import finish, make_accelerator
 
 
@@ -72,14 +67,14 @@ def measure_here():
     torch.manual_seed(0)
     model = load_model(folder / "tiny" if arguments.small else None)
 
-    config = Namespace(**vars(train.read_config([])) | {"output_dir": folder, "data_dir": data_dir})
+    config = Namespace(**vars(read_config([])) | {"output_dir": folder, "data_dir": data_dir})
     dataset = read_datasets(config, model, ["test_vocabulary"])[0]
     model = accelerator.prepare_model(model, evaluation_mode=True)
     with mock.patch.object(data, "CACHE_LIMIT", 0):
         decoding = read_datasets(config, model, ["test_vocabulary"])[0]
     trainers = {
         name: make_trainer(
-            train.read_config(["--output_dir", str(folder)]), model, *[queries] * 3, 1, cache=cache
+            read_config(["--output_dir", str(folder)]), model, *[queries] * 3, 1, cache=cache
         )
         for name, queries, cache in (
             ("Trainer reference", dataset, True),
@@ -146,13 +141,15 @@ def quietly(run):
 
 
 def ours(accelerator, model, dataset, config):
-    return evaluate._rerank_evaluate(accelerator, model, dataset, compute_metrics, config)
+    """With its report, metric.csv and the contact sheet, as in training."""
+    evaluation = evaluate.make_evaluations(None, dataset)["rerank"]
+    return evaluate.run_evaluation(accelerator, model, "rerank", evaluation, config)
 
 
 def floor(accelerator, model, dataset, sizes):
     """Seconds of the forward passes of this process's share of the distinct images, which are in memory. sizes: of the
     batches of each group."""
-    with evaluate.evaluation_mode(model):
+    with evaluation_mode(model):
         share = slice(accelerator.process_index, None, accelerator.num_processes)
         batches = []
         for (group, _), batch_size in zip(dataset.groups, sizes, strict=True):

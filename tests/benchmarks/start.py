@@ -19,7 +19,8 @@ from pathlib import Path
 
 import measure
 import numpy as np
-from conftest import launch_command, launch_environment, make_tiny_model, write_data
+from conftest import launch_command, launch_environment
+from page_data import make_tiny_model, write_data
 
 import sample_data
 

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import io
 import statistics
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -23,7 +22,7 @@ from unittest import mock
 
 import measure
 import torch
-from conftest import make_tiny_model, write_data
+from page_data import make_tiny_model, write_data
 from torch.utils.data import DataLoader, Dataset
 from trainer_reference import make_trainer
 from transformers import TrainerCallback, default_data_collator
@@ -31,9 +30,13 @@ from transformers import TrainerCallback, default_data_collator
 import data
 import sample_data
 import train
-from data import TrainSampler, read_datasets, whole
-from metrics import compute_metrics
+from config import read_config
+from data import read_datasets
+from evaluate import make_evaluations
 from model import SMALL_BACKBONE, DualEncoder, DualEncoderConfig, load_model
+from runtime.batches import TrainSampler, whole
+from runtime.launch import make_accelerator
+from runtime.resume import make_state
 from runtime.tracking import JsonlTracker
 
 TENTH = SMALL_BACKBONE | {"embedding_size": 32, "hidden_sizes": [32], "depths": [1]}
@@ -54,9 +57,7 @@ def main():
             else models()
         )
         for title, model, updates, rounds in kinds:
-            config = train.read_config(
-                [f"--max_steps={updates}", "--eval_every=0", "--save_every=0"]
-            )
+            config = read_config([f"--max_steps={updates}", "--eval_steps=0", "--save_steps=0"])
             train_dataset = read(data_dir, model, ["train"])[0]
             work = Work(
                 config,
@@ -80,7 +81,7 @@ def main():
             rows = [
                 [
                     name,
-                    f"{config.per_device_batch_size / statistics.median(took):.0f}",
+                    f"{config.per_device_train_batch_size / statistics.median(took):.0f}",
                     f"{1 / measure.ratio(seconds, name, 'Trainer'):.2f}",
                     f"{1 / measure.ratio(seconds, name, 'Trainer, images in memory'):.2f}",
                     f"{1 / measure.ratio(seconds, name, bare):.2f}",
@@ -91,7 +92,7 @@ def main():
             ]
             parameters = sum(parameter.numel() for parameter in model.parameters())
             measure.show_table(
-                f"Training, {title} model, {parameters:,} parameters, batches of {config.per_device_batch_size}",
+                f"Training, {title} model, {parameters:,} parameters, batches of {config.per_device_train_batch_size}",
                 [
                     "",
                     "rows/s",
@@ -147,20 +148,19 @@ class Work:
         ):
             config = replace(self.config, output_dir=output_dir)
             log = JsonlTracker(Path(output_dir) / "log.jsonl")
-            accelerator = train.make_accelerator(max_grad_norm=config.max_grad_norm, log_with=[log])
+            accelerator = make_accelerator(max_grad_norm=config.max_grad_norm, log_with=[log])
             accelerator.init_trackers("benchmark", config={})
-            state = train.make_state(accelerator, config, self.datasets)
-            show, train.show = train.show, self.stamp  # what train() calls after each update
-            train.train(
-                accelerator,
-                config,
-                copy.deepcopy(self.model),
-                state,
-                None,
-                *self.datasets,
-                compute_metrics,
-            )
-            train.show = show
+            train_dataset, *others = self.datasets
+            state = make_state(accelerator, config, train_dataset, depends_on={})
+            evaluations = make_evaluations(*others)
+            model, due = copy.deepcopy(self.model), train.maybe_log_save_evaluate
+
+            def stamped(*arguments):  # what train() calls after each update
+                due(*arguments)
+                self.stamp()
+
+            with mock.patch.object(train, "maybe_log_save_evaluate", stamped):
+                train.train(accelerator, config, model, state, None, train_dataset, evaluations)
         return self.per_update()
 
     def trainer(self):
@@ -176,7 +176,6 @@ class Work:
         )
 
     def run_trainer(self, *datasets, data_collator):
-        sys.modules.pop("lomo_optim", None)  # which make_accelerator put there, for train.py alone
         with (
             tempfile.TemporaryDirectory(dir=self.folder) as output_dir,
             contextlib.redirect_stdout(io.StringIO()),
@@ -202,8 +201,10 @@ class Work:
         return self.loop(list(self.dataloader()))
 
     def dataloader(self):
-        dataset, batch_size = self.datasets[0], self.config.per_device_batch_size
-        sampler = TrainSampler(len(dataset), batch_size, self.config.max_steps, self.config.seed)
+        dataset, batch_size = self.datasets[0], self.config.per_device_train_batch_size
+        sampler = TrainSampler(
+            dataset.item_weights, batch_size, self.config.max_steps, self.config.seed
+        )
         return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=whole)
 
     def loop(self, batches):
@@ -233,7 +234,7 @@ class OfRows(Dataset):
     """The same rows one by one, as an ordinary data set has them, for a collator that stacks them."""
 
     def __init__(self, dataset):
-        self.dataset = dataset
+        self.dataset, self.item_weights = dataset, dataset.item_weights
 
     def __len__(self):
         return len(self.dataset)

@@ -7,7 +7,8 @@ import shlex
 from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY
 
-import train
+from config import Config, EvaluateConfig
+from runtime.options import read_options
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 KOREAN = (REPOSITORY / "README.ko.md").read_text(encoding="utf-8")
@@ -110,10 +111,10 @@ def test_the_korean_readme_is_in_step():
 
 
 def test_the_review_guide_names_what_exists():
-    code = {name for path in REPOSITORY.glob("*.py") for name in definitions(path)}
-    tests = {
-        name for path in (REPOSITORY / "tests").glob("test_*.py") for name in definitions(path)
-    }
+    files = [*REPOSITORY.glob("*.py"), *(REPOSITORY / "runtime").glob("*.py")]
+    code = {name for path in files for name in definitions(path)}
+    files = (REPOSITORY / "tests").glob("*/test_*.py")
+    tests = {name for path in files for name in definitions(path)}
     rows = [line.split(" | ") for line in REVIEW.splitlines() if re.match(r"\| \d+ \|", line)]
     assert [int(row[0].strip("| ")) for row in rows] == list(range(1, len(rows) + 1))
     for row in rows:
@@ -134,6 +135,7 @@ DOCUMENTS = [
         "train.py",
         "evaluate.py",
         "sample_data.py",
+        "config.py",
         "sweep.yaml",
     )
 ]
@@ -145,13 +147,18 @@ DOCUMENTS += [
 DOCUMENTS += [
     *(REPOSITORY / "docs").glob("*.md"),
     *(REPOSITORY / "tests" / "benchmarks").glob("*.py"),
+    *(REPOSITORY / "tools").glob("*.py"),
 ]
 
 
 def test_each_block_of_the_readme_is_run():
     runners = [
         (REPOSITORY / path).read_text(encoding="utf-8")
-        for path in (".ci/run", "tests/test_main_job.py", "tests/test_second_task.py")
+        for path in (
+            ".ci/run",
+            "tests/project/test_main_job.py",
+            "tests/project/test_second_task.py",
+        )
     ]
     for marker in re.findall(r"^(.*)\n```bash", README, re.MULTILINE):
         assert re.fullmatch("<!-- .* -->", marker) and any(
@@ -195,11 +202,11 @@ def check_accelerate(words):
 
 def check_python(words):
     check_files(words[:1])
-    if words[:1] == ["train.py"]:
+    kind = {"train.py": Config, "evaluate.py": EvaluateConfig}.get(words[0] if words else "")
+    if kind is not None:
         # run.yaml is the reader's to write, and --help ends the program.
-        train.read_config(
-            [word for word in words[1:] if word not in ("--config", "run.yaml", "--help")]
-        )
+        left = [word for word in words[1:] if word not in ("--config", "run.yaml", "--help")]
+        read_options(kind, left)
     elif words and words[0].endswith(".py"):
         source = (REPOSITORY / words[0]).read_text(encoding="utf-8")
         assert all(f'"{word}"' in source for word in words if word.startswith("--")), (
@@ -244,11 +251,7 @@ def test_other_commands_are_accepted(pytestconfig):
                     pytestconfig.getoption(option)
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{document}: {program} {shlex.join(words)}: {error}") from error
-    of_evaluate = (REPOSITORY / "evaluate.py").read_text(encoding="utf-8")
+    fields = Config.__dataclass_fields__ | EvaluateConfig.__dataclass_fields__
     for option in re.findall(r"`(--[\w-]+)", README):
-        ours = (
-            option[2:] in train.Config.__dataclass_fields__
-            or option == "--config"
-            or f'"{option}"' in of_evaluate
-        )
+        ours = option[2:] in fields or option == "--config"
         assert ours or pytestconfig.getoption(option) is not None

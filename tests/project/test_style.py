@@ -21,3 +21,16 @@ def test_nothing_to_mend(command):
         [sys.executable, "-m", *command.split()], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_line_of_the_program_is_long():
+    """The formatter cuts code. It leaves comments, docstrings and long texts as they are."""
+    files = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("runtime/*"), *REPOSITORY.glob("tools/*")]
+    long = [
+        f"{path.relative_to(REPOSITORY)}:{number}"
+        for path in files
+        if path.suffix in (".py", ".html")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert not long

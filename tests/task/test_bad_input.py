@@ -6,17 +6,19 @@ import io
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import save_image, write_csv
+from conftest import launch, refused
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from page_data import save_image, write_csv
 from PIL import Image
 
-import train
-from data import as_keys, decode_image, find_image, parse_literal, read_rows
+from config import read_config
+from data import decode_image, find_image, parse_keys, parse_literal, read_table
 from runtime.launch import UserError
 
 EXAMPLES = settings(
@@ -75,7 +77,7 @@ def test_cells(text):
 @EXAMPLES
 @given(LITERALS)
 def test_lists_of_keys(value):
-    found, message = refusal(as_keys, value, kind=ValueError)
+    found, message = refusal(parse_keys, repr(value), kind=ValueError)
     keys = isinstance(value, (list, tuple)) and all(isinstance(key, (str, int)) for key in value)
     assert (message is None) == (value is None or keys)
     if keys:
@@ -90,9 +92,9 @@ def test_rows(tmp_path_factory, column, cell):
     row = list(ROW)
     row[column] = cell
     write_csv(data_dir / "csv" / "train.csv", [ROW, row])
-    rows, message = refusal(read_rows, data_dir, "train", 400)
+    table, message = refusal(read_table, data_dir / "csv" / "train.csv", 400, {}, {})
     if message is None:
-        assert 1 <= rows.counts["used"] == len(rows.candidates) and sum(rows.counts.values()) == 2
+        assert 1 <= table.counts["used"] == len(table.positions) and sum(table.counts.values()) == 2
     else:
         assert "train.csv" in message
 
@@ -144,10 +146,10 @@ def test_image_bytes(tmp_path_factory, size, mode, changes, cut):
     st.sampled_from(
         [
             "learning_rate",
-            "num_epochs",
+            "num_train_epochs",
             "seed",
-            "warmup_ratio",
-            "best_metric",
+            "warmup_steps",
+            "metric_for_best_model",
             "max_steps",
             "output_dir",
             "nothing",
@@ -159,13 +161,7 @@ def test_config_values(tmp_path_factory, name, value):
     file = tmp_path_factory.mktemp("config") / "run.yaml"
     file.write_text(json.dumps({name: value}), encoding="utf-8")  # JSON is YAML
 
-    def read(arguments):
-        try:
-            return train.read_config(arguments)
-        except SystemExit:  # argparse's own message, of one line
-            raise UserError("usage") from None
-
-    config, message = refusal(read, ["--config", str(file)])
+    config, message = refusal(read_config, ["--config", str(file)])
     if message is None and isinstance(getattr(config, name), float):
         assert math.isfinite(getattr(config, name)) and getattr(config, name) >= 0
 
@@ -176,3 +172,30 @@ def test_an_image_that_unpacks_to_too_much(tmp_path):
     with pytest.raises(UserError, match="the limit is 50,000,000"):
         decode_image(path, 16)
     assert path.stat().st_size < 100_000
+
+
+# ---- by real launches
+
+
+@pytest.mark.slow
+def test_bad_data_is_one_line_on_two_processes(data_dir, tmp_path):
+    (data_dir / "elements" / "element_1.png").write_bytes(b"broken")
+    arguments = ["--data_dir", data_dir, "--output_dir", tmp_path / "output"]
+    message = refused("train.py", *arguments, config="cpu_2_processes")
+    assert "element_1.png: cannot be read as an image" in message and "train.csv, row" in message
+
+
+@pytest.mark.slow
+def test_a_worker_meets_a_broken_image(data_dir, tmp_path, tiny_model):
+    """Above the cache limit images are decoded by workers; what they raise is a line too."""
+    done = launch(
+        "tests/task/without_cache.py",
+        *("--data_dir", data_dir, "--output_dir", tmp_path / "output"),
+        *("--model_name_or_path", tiny_model, "--per_device_train_batch_size", 8),
+        *("--dataloader_num_workers", 1, "--num_negatives", 3, "--report_to", "none"),
+        check=False,
+        BREAK=str(data_dir / "images" / "train 7.png"),
+    )
+    assert done.returncode == 1 and re.search(
+        r"^error: .*train 7.png: cannot be read as an image", done.stdout, re.MULTILINE
+    ), done.stdout

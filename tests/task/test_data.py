@@ -1,6 +1,7 @@
 """The CSV and image contract: what is accepted comes out right, what is not is one clear error before any training."""
 
 import ast
+import hashlib
 import io
 import itertools
 import json
@@ -11,23 +12,16 @@ from argparse import Namespace
 from collections import Counter
 
 import numpy as np
+import pandas
 import pytest
 import torch
-from conftest import COLUMNS, read_csv, write_csv
+from page_data import COLUMNS, read_csv, write_csv
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import (
-    Key,
-    TrainSampler,
-    batches_in_groups,
-    decode_image,
-    parse_literal,
-    read_datasets,
-    read_rows,
-    whole,
-)
+from data import decode_image, parse_literal, read_datasets, read_table
+from runtime.batches import Key, TrainSampler, evaluation_batches, whole
 from runtime.launch import UserError
 
 MODEL = Namespace(config=Namespace(page_size=64, element_size=32))
@@ -38,6 +32,15 @@ def read_all(data_dir, **options):
         **{"data_dir": data_dir, "max_candidates": 400, "num_negatives": 3, "seed": 0} | options
     )
     return read_datasets(config, MODEL, ("train", "eval", "test_vocabulary"))
+
+
+def read(data_dir, split, max_candidates=400):
+    """(the table of one CSV, the candidates of each of its rows: lists of keys)"""
+    elements = {}
+    table = read_table(data_dir / "csv" / f"{split}.csv", max_candidates, {}, elements)
+    keys = list(elements)
+    rows = range(len(table.positions))
+    return table, [[keys[element] for element in table.candidates(row)] for row in rows]
 
 
 def change(data_dir, split, row, **cells):
@@ -63,10 +66,30 @@ def test_rows_are_left_out_and_counted(data_dir):
     change(data_dir, "train", 3, candidate_resourceKey="[]")
     change(data_dir, "train", 4, candidate_resourceKey=str(["absent"] * 400))
     change(data_dir, "train", 5, candidate_resourceKey=str(["element_1"] * 399 + ["element_2"]))
-    rows = read_rows(data_dir, "train", 400)
-    assert rows.counts == {"used": 37, "no_candidates": 2, "too_many_candidates": 2}
-    assert rows.numbers[0] == 6 and rows.name(0).endswith("train.csv, row 6")
-    assert len(read_rows(data_dir, "train", 401).candidates) == 39
+    table, _ = read(data_dir, "train")
+    assert table.counts == {"used": 37, "no_candidates": 2, "too_many_candidates": 2}
+    assert table.numbers[0] == 6 and table.name_row(0).endswith("train.csv, row 6")
+    assert len(read(data_dir, "train", 401)[1]) == 39
+
+
+def test_positions_are_those_of_pandas(data_dir):
+    """Records are counted: those left out too, blank lines not."""
+    change(data_dir, "train", 3, candidate_resourceKey="")
+    change(data_dir, "train", 5, candidate_resourceKey=str(["element_1"] * 400))
+    change(data_dir, "train", 6, search_word="two\nlines")
+    path = data_dir / "csv" / "train.csv"
+    lines = path.read_bytes().split(b"\r\n")
+    lines[10:10] = [b""] * 3
+    path.write_bytes(b"\r\n".join([*lines, b"", b""]))
+    train, _, _ = read_all(data_dir)
+    frame = pandas.read_csv(path)
+    used = frame.iloc[train.positions]
+    assert train.positions.tolist() == [0, 2, *range(4, 41)] and len(frame) == 41
+    assert used["x_image_path"].tolist() == [train.pages.keys[i] for i in train.table.pages]
+    assert used["resourceKey"].tolist() == [train.elements.keys[i] for i in train.table.relevant]
+    # Messages count as a spreadsheet does: the header is row 1, and blank lines count.
+    numbers = [int(train.name_row(row).rpartition(" ")[2]) for row in range(len(train))]
+    assert numbers == [position + 2 + 3 * (position >= 9) for position in train.positions]
 
 
 def test_keys_are_read_from_json_and_from_python_literals(data_dir):
@@ -79,28 +102,29 @@ def test_keys_are_read_from_json_and_from_python_literals(data_dir):
         f" {keys}\n",
     ):
         change(data_dir, "eval", 2, candidate_resourceKey=text)
-        assert read_rows(data_dir, "eval", 400).candidates[0] == tuple(keys)
+        assert read(data_dir, "eval")[1][0] == keys
     change(data_dir, "eval", 2, candidate_resourceKey="[1, '1', 'a', 'a']")
-    assert read_rows(data_dir, "eval", 400).candidates[0] == ("1", "a")
+    assert read(data_dir, "eval")[1][0] == ["1", "a"]
 
 
 def test_the_same_text_in_two_columns_is_read_as_each_needs(data_dir):
     change(data_dir, "eval", 2, candidate_resourceKey="[64, 64]", x_info="[64, 64]")
     change(data_dir, "eval", 3, candidate_resourceKey="", x_info="")
-    rows = read_rows(data_dir, "eval", 400)
-    assert rows.candidates[0] == ("64",) and rows.counts["no_candidates"] == 1
+    table, candidates = read(data_dir, "eval")
+    assert candidates[0] == ["64"] and table.counts["no_candidates"] == 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 def test_foreign_files(data_dir, encoding, line_end):
-    expected = read_rows(data_dir, "train", 400)
     path = data_dir / "csv" / "train.csv"
+    expected, expected_cells = read(data_dir, "train"), list(data.read_csv(path, data.COLUMNS))
     text = path.read_bytes().decode().replace("\r\n", line_end)
     path.write_bytes(text.encode(encoding))
-    got = read_rows(data_dir, "train", 400)
-    assert list(got.candidates) == list(expected.candidates) and got.counts == expected.counts
-    assert got.columns == expected.columns and got.columns["search_word"][1] == "하트"
+    got = read(data_dir, "train")
+    assert got[1] == expected[1] and got[0].counts == expected[0].counts
+    cells = list(data.read_csv(path, data.COLUMNS))
+    assert cells == expected_cells and cells[1][1]["search_word"] == "하트"
 
 
 def opaque(mode, size):
@@ -193,6 +217,15 @@ def test_missing_column(data_dir, name):
     kept = [column for column in COLUMNS if column != name]
     write_csv(path, [[row[column] for column in kept] for row in read_csv(path)], kept)
     assert "eval.csv" in refusal(data_dir) and name in refusal(data_dir)
+
+
+def test_a_column_that_is_there_twice(data_dir):
+    path = data_dir / "csv" / "eval.csv"
+    rows = [[*row.values(), "more"] for row in read_csv(path)]
+    write_csv(path, rows, [*COLUMNS, "resourceKey"])
+    assert "eval.csv: a column is there twice" in refusal(data_dir)
+    write_csv(path, rows, [*COLUMNS, "another one"])
+    read_all(data_dir)
 
 
 def test_missing_file(data_dir):
@@ -347,21 +380,22 @@ def test_many_images_are_read_by_several_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "decode_image", decode)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    rows = Namespace(name=lambda row: f"train.csv, row {row + 2}")
-    asked = {str(number): (rows, number) for number in range(2100)}
-    images = data.Images(tmp_path, asked, 8)
+    keys = [str(number) for number in range(2100)]
+
+    def named(number):
+        return f"train.csv, row {number + 2}"
+
+    images = data.Images(tmp_path, keys, 8, named)
     assert len(list((tmp_path / "processes").iterdir())) == 2
-    assert [os.path.basename(path) for path in images.paths] == [
-        f"{number}.png" for number in range(2100)
-    ]
+    assert [os.path.basename(path) for path in images.paths] == [f"{key}.png" for key in keys]
     assert (images.pixels == 30 * (np.arange(2100) % 7)[:, None, None, None]).all()
 
     for broken in (1998, 1400, 1402):
         (tmp_path / f"{broken}.png").unlink()
     with pytest.raises(
-        UserError, match=r"^[^\n]*no such file: '1400.png' \(asked for by train.csv, row 1402\)$"
+        UserError, match=r"^[^\n]*no such file: '1400.png' \(named by train.csv, row 1402\)$"
     ):
-        data.Images(tmp_path, asked, 8)
+        data.Images(tmp_path, keys, 8, named)
 
 
 def test_nothing_left(data_dir):
@@ -375,7 +409,7 @@ def test_decoding_anew_gives_the_same_pixels(data_dir, monkeypatch):
     kept = read_all(data_dir)
     monkeypatch.setattr(data, "CACHE_LIMIT", 0)
     for one, other in zip(kept, read_all(data_dir), strict=True):
-        assert one.inputs.pages.pixels is not None and other.inputs.pages.pixels is None
+        assert one.pages.pixels is not None and other.pages.pixels is None
         for index in range(len(one)):
             a, b = (dataset.__getitems__([Key(index)]) for dataset in (one, other))
             assert all(torch.equal(a[name], b[name]) for name in a)
@@ -383,15 +417,12 @@ def test_decoding_anew_gives_the_same_pixels(data_dir, monkeypatch):
 
 def test_a_row_is_its_relevant_element_and_drawn_others(data_dir):
     train, _, _ = read_all(data_dir)
-    keys = list(train.inputs.elements.index)
-    for row in range(len(train)):
-        listed = train.rows.candidates[row]
-        relevant = train.rows.columns["resourceKey"][row]
+    keys = train.elements.keys
+    for row, written in enumerate(read_csv(train.path)):
+        listed = ast.literal_eval(written["candidate_resourceKey"])
+        relevant = written["resourceKey"]
         item = {name: values[0] for name, values in train.__getitems__([Key(row, epoch=1)]).items()}
-        shown = [
-            decode_image(train.rows.path.parent.parent / "elements" / f"{key}.png", 32)
-            for key in keys
-        ]
+        shown = [decode_image(data_dir / "elements" / f"{key}.png", 32) for key in keys]
         found = [
             next(key for key, image in zip(keys, shown, strict=True) if torch.equal(image, c))
             for c in item["candidates"]
@@ -423,6 +454,31 @@ def test_the_draw_depends_on_seed_epoch_and_row_alone(data_dir):
     assert torch.equal(draws(fewer, 3), draws(train, 3)[:20])
 
 
+def test_the_draw_has_the_bits_that_it_always_had(data_dir):
+    """Else a run that began before an upgrade resumes with other negatives."""
+    train, _, _ = read_all(data_dir)
+    drawn = [train.draw(np.arange(len(train)), epoch) for epoch in (0, 1)]  # (B, 1 + k) each
+    digest = hashlib.sha256(np.stack(drawn).astype("<i8").tobytes()).hexdigest()
+    assert digest == "a7abf3960fee4f07d82c558900f83ff8fef2aa82e856ed69c8c0edae6c321d0c"
+    for epoch in (0, 1):  # whatever the rows of a batch and their order
+        rows = np.array([40, 3, 17, 3])
+        assert (train.draw(rows, epoch) == drawn[epoch][rows]).all()
+
+
+def test_rows_of_fewer_candidates_than_are_drawn(data_dir):
+    """All of them are given, and no more: not one row has as many as --num_negatives."""
+    path = data_dir / "csv" / "train.csv"
+    rows = [
+        row for row in read_csv(path) if len(ast.literal_eval(row["candidate_resourceKey"])) < 5
+    ]
+    write_csv(path, [list(row.values()) for row in rows])
+    train, _, _ = read_all(data_dir, num_negatives=7)
+    keys = [Key(row) for row in reversed(range(len(train)))]
+    shown = train.__getitems__(keys)["candidate_mask"].sum(1)
+    counts = [len(ast.literal_eval(row["candidate_resourceKey"])) for row in rows]
+    assert shown.tolist() == counts[::-1] and train.num_negatives == 3 == max(counts) - 1
+
+
 @pytest.mark.parametrize("missing", [False, True])
 def test_each_choice_of_others_is_drawn_as_often(data_dir, missing):
     path = data_dir / "csv" / "train.csv"
@@ -432,10 +488,10 @@ def test_each_choice_of_others_is_drawn_as_often(data_dir, missing):
     row["resourceKey"] = "element_8" if missing else "element_3"
     write_csv(path, [list(row.values())] * 2000)
     train, _, _ = read_all(data_dir)
-    keys = list(train.rows.keys)
+    keys = train.elements.keys
     found = Counter()
     for epoch in range(10):
-        relevant, *drawn = train.draw(epoch).T
+        relevant, *drawn = train.draw(np.arange(len(train)), epoch).T
         assert {keys[place] for place in relevant} == {row["resourceKey"]}
         found.update(
             tuple(sorted(keys[place] for place in places)) for places in np.transpose(drawn)
@@ -454,7 +510,7 @@ def test_any_number_of_workers_gives_the_same_batches(data_dir):
     train, _, _ = read_all(data_dir)
 
     def batches(workers):
-        sampler = TrainSampler(len(train), 8, 12, seed=5)
+        sampler = TrainSampler(train.item_weights, 8, 12, seed=5)
         return list(
             DataLoader(train, batch_size=4, sampler=sampler, collate_fn=whole, num_workers=workers)
         )
@@ -468,7 +524,7 @@ def test_any_number_of_workers_gives_the_same_batches(data_dir):
 @pytest.mark.parametrize("size", [1, 8, 16, 41])
 def test_each_epoch_has_each_row_once_and_means_are_means(size):
     updates = -(-41 // size)
-    keys = list(TrainSampler(41, size, 3 * updates, seed=0))
+    keys = list(TrainSampler(np.ones(41), size, 3 * updates, seed=0))
     assert len(keys) == 3 * updates * size
     orders = set()
     for epoch in range(3):
@@ -482,17 +538,37 @@ def test_each_epoch_has_each_row_once_and_means_are_means(size):
             real = [key.index for key in batch if key.weight]
             assert np.mean(losses * [key.weight for key in batch]) == pytest.approx(np.mean(real))
     assert len(orders) == 3
-    assert (
-        list(TrainSampler(41, size, 2, seed=0)) == keys[: 2 * size]
-    )  # a function of the update alone
+    # A function of the update alone, wherever a run resumes.
+    assert list(TrainSampler(np.ones(41), size, 2, seed=0)) == keys[: 2 * size]
+    resumed = TrainSampler(np.ones(41), size, 3 * updates, seed=0, first_update=updates + 1)
+    assert list(resumed) == keys[(updates + 1) * size :] and len(resumed) == len(list(resumed))
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 41])
+def test_the_loss_is_the_mean_by_weight(size):
+    """By brute force, of items that weigh as many tokens as they have: a mean over the tokens."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(1, 100, 41)
+    token_losses = [random.random(length) for length in tokens]
+    losses = np.array([values.mean() for values in token_losses])  # what `forward` returns
+    keys = list(TrainSampler(tokens, size, 2 * -(-41 // size), seed=0))
+    for start in range(0, len(keys), size):
+        batch = keys[start : start + size]
+        index, _, weights = (np.array(values) for values in zip(*batch, strict=True))
+        expected = np.concatenate([token_losses[key.index] for key in batch if key.weight]).mean()
+        assert np.mean(losses[index] * weights) == pytest.approx(expected, rel=1e-12)
+        # However the global batch is cut: micro-batches, processes.
+        for parts in (2, 4) if size % 4 == 0 else ():
+            cut = (losses[index] * weights).reshape(parts, -1).mean(1)
+            assert cut.mean() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_batches_in_groups(processes):
-    batches = batches_in_groups([(range(10), 3), (range(10, 33), 1)], 2, processes)
+def test_batches_of_groups(processes):
+    batches = evaluation_batches([(range(10), 3), (range(10, 33), 1)], 2, processes)
     assert len(batches) % processes == 0
     assert [key.index for batch in batches for key in batch if key.weight] == list(range(33))
-    once = batches_in_groups([(range(10), 3), (range(10, 33), 1)], 2, 1)
+    once = evaluation_batches([(range(10), 3), (range(10, 33), 1)], 2, 1)
     assert [len(batch) for batch in once] == [6, 4] + [2] * 12  # each of one group
     assert [key.index for key in once[-1]] == [32, 10]
     assert batches[: len(once)] == once  # the same batches, whatever the processes
@@ -519,6 +595,63 @@ def test_rerank_items_are_the_distinct_images(data_dir):
         assert torch.equal(
             page, decode_image(data_dir / "images" / f"{rows[row]['x_image_path']}.png", 64)
         )
-        for column, key in enumerate(rerank.rows.candidates[row]):
+        for column, key in enumerate(rerank.keys_of(row)):
             element = rerank.__getitems__([Key(int(rerank.candidates[row, column]))])["images"][0]
             assert torch.equal(element, decode_image(data_dir / "elements" / f"{key}.png", 32))
+
+
+def test_data_sets_keep_the_contract(data_dir):
+    """As runtime/batches.py has it."""
+    change(data_dir, "eval", 3, candidate_resourceKey="")
+    change(data_dir, "test_vocabulary", 3, candidate_resourceKey="")
+    change(data_dir, "test_vocabulary", 6, resourceKey="element_1", candidate_resourceKey="['a']")
+    Image.new("L", (8, 8)).save(data_dir / "elements" / "a.png")
+    train, shared, rerank = read_all(data_dir)
+    for dataset, rows, file in ((train, 41, "train"), (shared, 12, "eval")):
+        assert len(dataset) == len(dataset.labels) == len(dataset.positions) == rows
+        assert dataset.groups == [(range(rows), 1)] and dataset.labels.tolist() == [0] * rows
+        assert dataset.name_item(0) == dataset.name_row(0)
+        assert dataset.name_row(0).endswith(f"{file}.csv, row 2")
+    assert shared.name_row(1).endswith("eval.csv, row 4")  # row 3 was left out
+    assert rerank.labels.tolist() == [0, 0, 0, -1] + [0] * 12
+    assert rerank.name_row(3).endswith("test_vocabulary.csv, row 6")
+
+    (elements, several), (pages, one) = rerank.groups
+    assert (several, one) == (4, 1)  # elements of 32 pixels, pages of 64
+    assert [*elements, *pages] == list(range(len(rerank)))
+    names = [os.path.relpath(rerank.name_item(item), data_dir) for item in range(len(rerank))]
+    assert len(set(names)) == len(names)
+    assert {name.split("/")[0] for name in names[: len(elements)]} == {"elements"}
+    assert {name.split("/")[0] for name in names[len(elements) :]} == {"images"}
+
+    for dataset in (train, shared, rerank):
+        assert dataset.item_weights.dtype == np.float64
+        assert dataset.item_weights.tolist() == [1.0] * len(dataset)
+        assert dataset.positions.dtype == dataset.labels.dtype == np.int64
+        keys = [Key(0, weight=2.5), Key(1, weight=1.0), Key(0, weight=0.0)]
+        batch = dataset.__getitems__(keys)
+        assert batch["index"].dtype == torch.int64 and batch["index"].tolist() == [0, 1, -1]
+        assert {len(values) for values in batch.values()} == {3}
+    weight = train.__getitems__(keys)["weight"]
+    assert weight.dtype == torch.float32 and weight.tolist() == [2.5, 1.0, 0.0]
+
+
+def test_rerank_scores_stand_at_the_columns_of_the_candidates(data_dir):
+    """An embedding that tells its item: a score then tells which two items it is of."""
+    _, _, rerank = read_all(data_dir)
+    embeddings = torch.eye(len(rerank))
+    embeddings[len(rerank.element_ids) :, : len(rerank.element_ids)] = torch.rand(
+        len(rerank.page_ids), len(rerank.element_ids)
+    )
+    scores = rerank.score({"outputs": embeddings})
+    rows = read_csv(rerank.path)
+    longest = max(len(ast.literal_eval(row["candidate_resourceKey"])) for row in rows)
+    assert scores.shape == (17, longest) and scores.dtype == torch.float32
+    items = [os.path.relpath(rerank.name_item(item), data_dir) for item in range(len(rerank))]
+    for i, row in enumerate(rows):
+        keys = ast.literal_eval(row["candidate_resourceKey"])
+        page = items.index(f"images/{row['x_image_path']}.png")
+        expected = [embeddings[page, items.index(f"elements/{key}.png")] for key in keys]
+        assert torch.equal(scores[i, : len(keys)], torch.stack(expected))
+        assert (scores[i, len(keys) :] == -torch.inf).all()
+        assert rerank.keys_of(i) == keys and rerank.relevant_key(i) == row["resourceKey"]

@@ -5,7 +5,7 @@ import pytest
 import pytrec_eval
 from transformers import EvalPrediction
 
-from metrics import TOP_K, compute_metrics, ranks_of_relevant
+from metrics import TOP_K, compute_metrics, measure_queries, ranks_of_relevant
 
 
 def brute_force(rows):
@@ -58,6 +58,23 @@ def test_brute_force(ties, dtype):
         ranks, values = brute_force(rows)
         assert ranks_of_relevant(*padded(rows, dtype=dtype)).tolist() == ranks
         assert metrics_of(rows, dtype=dtype) == pytest.approx(values, abs=1e-12)
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_each_query_is_measured_and_the_mean_is_logged(ties):
+    random = np.random.default_rng(4)
+    rows = random_rows(random, ties)
+    scores, labels = padded(rows, extra=3)
+    prediction = EvalPrediction(predictions=scores, label_ids=labels)
+    measured = measure_queries(prediction)
+    assert list(measured) == [f"Recall@{k}" for k in TOP_K] + [f"MRR@{k}" for k in TOP_K]
+    alone = [brute_force([row])[1] for row in rows]  # one query at a time
+    for name, values in measured.items():
+        assert values.dtype == np.float64 and values.shape == (len(rows),)
+        assert values.tolist() == [values_of_one[name] for values_of_one in alone]
+    logged = compute_metrics(prediction)
+    assert logged == {name: np.mean(values) for name, values in measured.items()}
+    assert {type(value) for value in logged.values()} == {float}
 
 
 def test_many_rows_and_columns():

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 
 import pytest
-from conftest import read_csv
+from page_data import read_csv
 from PIL import Image
 
 import sample_data

@@ -27,11 +27,13 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArguments
 
-from data import Key, TrainSampler, read_datasets, updates_per_epoch, whole
+from config import read_config
+from data import read_datasets
 from metrics import compute_metrics
 from model import load_model
+from runtime.batches import Key, TrainSampler, updates_per_epoch, whole
 from runtime.launch import finish
-from train import learning_rate_at, parameter_groups, read_config
+from train import learning_rate_at, parameter_groups
 
 
 def main():
@@ -45,9 +47,9 @@ def main():
     )
     processes = int(os.environ.get("WORLD_SIZE", 1))
     global_batch_size = (
-        config.per_device_batch_size * processes * config.gradient_accumulation_steps
+        config.per_device_train_batch_size * processes * config.gradient_accumulation_steps
     )
-    num_updates = config.max_steps or config.num_epochs * updates_per_epoch(
+    num_updates = config.max_steps or config.num_train_epochs * updates_per_epoch(
         len(train_dataset), global_batch_size
     )
     trainer = make_trainer(config, model, train_dataset, eval_dataset, rerank_dataset, num_updates)
@@ -94,20 +96,20 @@ def training_arguments(config, num_updates):
     return TrainingArguments(
         output_dir=config.output_dir,
         max_steps=num_updates,
-        per_device_train_batch_size=config.per_device_batch_size,
+        per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         eval_on_start=True,
         eval_strategy="steps",  # after the last update too, whatever eval_steps is
-        eval_steps=config.eval_every or num_updates,
-        logging_steps=config.log_every or num_updates,
+        eval_steps=config.eval_steps or num_updates,
+        logging_steps=config.logging_steps or num_updates,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,  # else `index` and `weight`, of which `forward` does not know, are dropped
-        dataloader_num_workers=config.num_workers,
+        dataloader_num_workers=config.dataloader_num_workers,
         ddp_find_unused_parameters=False,  # True for a PreTrainedModel: DDP then walks the graph at every step
         use_cpu=not torch.accelerator.is_available(),  # else processes on a CPU do not find each other, and each trains alone
     )
@@ -134,7 +136,10 @@ class RerankTrainer(Trainer):
         # The whole run in one: Trainer divides its length by the global batch, finds max_steps, and counts a single epoch.
         global_batch_size = self.get_total_train_batch_size(self.args)
         return TrainSampler(
-            len(self.train_dataset), global_batch_size, self.args.max_steps, self.args.seed
+            self.train_dataset.item_weights,
+            global_batch_size,
+            self.args.max_steps,
+            self.args.seed,
         )
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
@@ -163,28 +168,13 @@ class RerankTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _maybe_log_save_evaluate(
-        self,
-        tr_loss,
-        grad_norm,
-        model,
-        trial,
-        epoch,
-        ignore_keys_for_eval,
-        start_time,
-        learning_rate=None,
+        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys, start_time, learning_rate=None
     ):
         # Private: over the versions it had five arguments, six, seven, eight. It runs after global_step was counted, and once
         # more after the epoch, with nothing due. What is due stands in `control`, where super() clears it: so it is read before.
         due = self.control.should_evaluate
         super()._maybe_log_save_evaluate(
-            tr_loss,
-            grad_norm,
-            model,
-            trial,
-            epoch,
-            ignore_keys_for_eval,
-            start_time,
-            learning_rate=learning_rate,
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys, start_time, learning_rate
         )
         if due:
             self._rerank_evaluate()
@@ -201,19 +191,16 @@ class RerankTrainer(Trainer):
 
     def get_rerank_eval_dataloader(self):
         # Not by _get_dataloader, since Trainer has one data_collator for everything.
-        options = {
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory,
-        }
-        dataloader = DataLoader(
-            QueryDataset(self.rerank_dataset), batch_size=1, collate_fn=itemgetter(0), **options
-        )
-        return self.accelerator.prepare(
-            dataloader
-        )  # deals out the queries; it keeps every DataLoader until the run ends
+        options = {"batch_size": 1, "collate_fn": itemgetter(0)}
+        options["num_workers"] = self.args.dataloader_num_workers
+        options["pin_memory"] = self.args.dataloader_pin_memory
+        dataloader = DataLoader(QueryDataset(self.rerank_dataset), **options)
+        # Deals out the queries. It keeps every DataLoader until the run ends.
+        return self.accelerator.prepare(dataloader)
 
     def rerank_evaluation_loop(self, dataloader):
-        self.model.eval()  # not set back, here as in evaluation_loop: training_step calls model.train() at every micro-batch
+        # Not set back, here as in evaluation_loop: training_step calls model.train() each time.
+        self.model.eval()
         width = self.rerank_dataset.candidates.shape[1]  # C
         embeddings = {}  # element -> (D,)
         gathered = []
@@ -225,49 +212,38 @@ class RerankTrainer(Trainer):
                 page = self.model(images=batch["page"])["outputs"]  # (1, D)
                 if new:
                     outputs = self.model(images=batch["candidates"][new])["outputs"]  # (new, D)
-                    embeddings.update(
-                        zip([elements[column] for column in new], outputs, strict=True)
-                    )
-            candidates = torch.stack(
-                [embeddings[element] for element in elements]
-            )  # (candidates of this query, D)
+                    embeddings |= {elements[i]: row for i, row in zip(new, outputs, strict=True)}
+            candidates = torch.stack([embeddings[element] for element in elements])  # (its, D)
             scores = torch.full((1, width), -math.inf, device=page.device)  # (1, C)
             scores[0, : len(elements)] = (page * candidates).sum(1)
             # In the loop: only while it is at the last batch does it know which queries accelerate repeated, and drop them.
-            gathered.append(
-                self.accelerator.gather_for_metrics((batch["index"], scores))
-            )  # (W,), (W, C)
+            found = self.accelerator.gather_for_metrics((batch["index"], scores))  # (W,), (W, C)
+            gathered.append(found)
             if not self.cache:
                 embeddings.clear()
-        index, rows = (
-            torch.cat(columns).cpu() for columns in zip(*gathered, strict=True)
-        )  # (N,), (N, C)
+        columns = zip(*gathered, strict=True)
+        index, rows = (torch.cat(column).cpu() for column in columns)  # (N,), (N, C)
         scores = torch.full_like(rows, math.nan)
         scores[index] = rows
-        return self.compute_metrics(
-            EvalPrediction(predictions=scores.numpy(), label_ids=self.rerank_dataset.labels.numpy())
-        )
+        labels = self.rerank_dataset.labels  # (N,)
+        return self.compute_metrics(EvalPrediction(predictions=scores.numpy(), label_ids=labels))
 
 
 class QueryDataset(Dataset):
     """One query an item, its page and all its candidates, over the rows of a RerankDataset."""
 
     def __init__(self, rerank_dataset):
-        self.rows, self.pages, self.elements = (
-            rerank_dataset.rows,
-            rerank_dataset.inputs.pages,
-            rerank_dataset.inputs.elements,
-        )
+        self.table = rerank_dataset.table
+        self.pages, self.elements = rerank_dataset.pages, rerank_dataset.elements
 
     def __len__(self):
-        return len(self.rows.candidates)
+        return len(self.table.labels)
 
     def __getitem__(self, index):
-        page = self.pages.index[self.rows.columns["x_image_path"][index]]
-        elements = [self.elements.index[key] for key in self.rows.candidates[index]]
+        elements = self.table.candidates(index).tolist()
         return {
             "index": torch.tensor([index]),  # (1,)
-            "page": self.pages.take([page]),  # (1, 3, H, W) uint8
+            "page": self.pages.take(self.table.pages[[index]]),  # (1, 3, H, W) uint8
             "elements": elements,
             "candidates": self.elements.take(elements),  # (candidates of this query, 3, h, w) uint8
         }
