@@ -23,7 +23,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -207,7 +207,7 @@ def predict(accelerator, model, dataloader, dataset, *needed):
 
 def main():
     options = read_options(EvaluateConfig, sys.argv[1:])
-    trained = read_training_config(options.model_dir, Config.__dataclass_fields__)
+    trained = read_training_config(options.model_dir, [each.name for each in fields(Config)])
     given = {name: value for name, value in asdict(options).items() if value is not None}
     config = SimpleNamespace(**trained | given)
     accelerator = launch.make_accelerator(mixed_precision=config.mixed_precision)
