@@ -49,9 +49,9 @@ def read_datasets(config, model, splits):
     that images are fitted into. Raises UserError.
     """
     folder = Path(config.data_dir)
-    page_ids, element_ids = {}, {}  # {key: its number}, over all of the CSVs
+    query_ids, element_ids = {}, {}  # {key: its number}, over all of the CSVs
     tables = [
-        read_table(folder / "csv" / f"{split}.csv", config.max_candidates, page_ids, element_ids)
+        read_table(folder / "csv" / f"{split}.csv", config.max_candidates, query_ids, element_ids)
         for split in splits
     ]
 
@@ -61,9 +61,9 @@ def read_datasets(config, model, splits):
 
     pages = Images(
         folder / "images",
-        list(page_ids),
+        list(query_ids),
         model.config.page_size,
-        lambda page: first_row(lambda table: table.pages == page),
+        lambda page: first_row(lambda table: table.queries == page),
     )
     elements = Images(
         folder / "elements",
@@ -95,7 +95,7 @@ class Row(NamedTuple):
 
     position: int  # in pandas.read_csv of the file: blank lines do not count
     number: int  # as a spreadsheet shows it: the header is row 1, and blank lines count
-    page: str
+    query: str  # the key of a page
     relevant: str
     listed: int  # how many candidates the cell lists, repeated ones too
     candidates: tuple[str, ...]  # each once
@@ -106,14 +106,14 @@ class Table:
     """The rows of one CSV that are used, N of them, in arrays.
 
     Not a Python object for each row or candidate: forked workers copy objects when they touch them.
-    Pages and elements are numbers, the same ones in all CSVs.
+    Queries and elements are numbers, the same ones in all CSVs.
     """
 
     path: Path
     counts: dict  # {"used": N, "no_candidates": ..., "too_many_candidates": ...}
     positions: np.ndarray  # int64 (N,), as in Row, and so are the numbers
     numbers: np.ndarray  # int64 (N,)
-    pages: np.ndarray  # int64 (N,)
+    queries: np.ndarray  # int64 (N,), pages
     relevant: np.ndarray  # int64 (N,), elements
     labels: np.ndarray  # int64 (N,), the relevant element's column among the candidates, or -1
     lists: np.ndarray  # int64 (N,), which list of candidates. Rows of one search share one.
@@ -140,10 +140,10 @@ class Table:
         return f"{self.path}, row {self.numbers[row]}"
 
 
-def read_table(path: Path, max_candidates: int, page_ids: dict, element_ids: dict) -> Table:
+def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: dict) -> Table:
     """Read a CSV. Rows without candidates and rows with `max_candidates` or more are left out.
 
-    New keys get the next numbers of page_ids and element_ids. Raises UserError.
+    New keys get the next numbers of query_ids and element_ids. Raises UserError.
     """
     counts = {"used": 0, "no_candidates": 0, "too_many_candidates": 0}
     rows, lists, starts, listed = array("q"), {}, [0], array("i")
@@ -154,7 +154,7 @@ def read_table(path: Path, max_candidates: int, page_ids: dict, element_ids: dic
             counts["too_many_candidates"] += 1
         else:
             counts["used"] += 1
-            page = page_ids.setdefault(row.page, len(page_ids))
+            query = query_ids.setdefault(row.query, len(query_ids))
             relevant, *elements = [
                 element_ids.setdefault(key, len(element_ids))
                 for key in (row.relevant, *row.candidates)
@@ -165,7 +165,7 @@ def read_table(path: Path, max_candidates: int, page_ids: dict, element_ids: dic
             if number == len(starts) - 1:  # a new list
                 listed.extend(elements)
                 starts.append(len(listed))
-            rows.extend((row.position, row.number, page, relevant, label, number))
+            rows.extend((row.position, row.number, query, relevant, label, number))
     if not rows:
         raise UserError(
             f"{path}: no row is left to use: {counts}, where too many is {max_candidates} or more"
@@ -415,7 +415,7 @@ class SharedDataset(Dataset):
         candidates = self.elements.take(elements.ravel())  # (B x (1 + k), 3, h, w)
         candidate_mask = np.arange(elements.shape[1]) <= self.num_others[rows, None]  # (B, 1 + k)
         return index_and_weight(keys) | {
-            "pages": self.pages.take(self.table.pages[rows]),  # (B, 3, H, W)
+            "pages": self.pages.take(self.table.queries[rows]),  # (B, 3, H, W)
             "candidates": candidates.unflatten(0, elements.shape),  # (B, 1 + k, 3, h, w)
             "candidate_mask": torch.from_numpy(candidate_mask),
             "labels": torch.from_numpy(self.labels[rows]),  # (B,)
@@ -461,7 +461,7 @@ class RerankDataset(Dataset):
         self.labels, self.name_row = table.labels, table.name_row
         candidates = table.padded_candidates()  # (N, C)
         self.element_ids = np.unique(table.listed)
-        self.page_ids = np.unique(table.pages)
+        self.page_ids = np.unique(table.queries)
         self.item_weights = np.ones(len(self))
         first_page = len(self.element_ids)
         # As many pixels as in a batch of pages, so as much memory. One by one would be slow.
@@ -471,7 +471,7 @@ class RerankDataset(Dataset):
             (range(first_page, len(self)), 1),
         ]
         # What `score` takes: items, int64 (N,) and (N, C), padded with -1.
-        self.queries = torch.from_numpy(first_page + np.searchsorted(self.page_ids, table.pages))
+        self.queries = torch.from_numpy(first_page + np.searchsorted(self.page_ids, table.queries))
         columns = np.searchsorted(self.element_ids, candidates)
         self.candidates = torch.from_numpy(np.where(candidates < 0, -1, columns))
 
