@@ -85,7 +85,7 @@ def test_positions_are_those_of_pandas(data_dir):
     frame = pandas.read_csv(path)
     used = frame.iloc[train.positions]
     assert train.positions.tolist() == [0, 2, *range(4, 41)] and len(frame) == 41
-    assert used["x_image_path"].tolist() == [train.pages.keys[i] for i in train.table.pages]
+    assert used["x_image_path"].tolist() == [train.pages.keys[i] for i in train.table.queries]
     assert used["resourceKey"].tolist() == [train.elements.keys[i] for i in train.table.relevant]
     # Messages count as a spreadsheet does: the header is row 1, and blank lines count.
     numbers = [int(train.name_row(row).rpartition(" ")[2]) for row in range(len(train))]

@@ -243,7 +243,7 @@ class QueryDataset(Dataset):
         elements = self.table.candidates(index).tolist()
         return {
             "index": torch.tensor([index]),  # (1,)
-            "page": self.pages.take(self.table.pages[[index]]),  # (1, 3, H, W) uint8
+            "page": self.pages.take(self.table.queries[[index]]),  # (1, 3, H, W) uint8
             "elements": elements,
             "candidates": self.elements.take(elements),  # (candidates of this query, 3, h, w) uint8
         }
