@@ -32,6 +32,13 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+# Else Python would tell of a circular import.
+if "metrics" in sys.modules and not hasattr(sys.modules["metrics"], "compute_metrics"):
+    sys.exit(
+        "error: in metrics.py `import evaluate` is our evaluate.py, not the library: import what "
+        "the library wraps (from sklearn.metrics import f1_score), or rename evaluate.py"
+    )
+
 import report
 from config import Config, EvaluateConfig, read_options
 from data import read_datasets
