@@ -1,13 +1,13 @@
 """What a row is: the CSVs and images of a match-element search, read, checked and counted.
 
     csv/train.csv   csv/eval.csv   csv/test_vocabulary.csv
-    images/{x_image_path}.png      the page, with the element removed
+    images/{x_image_path}.png      the page without the element
     elements/{resourceKey}.png     the elements; transparent ones are put on white
 
-N rows, C candidates, B batch. Whatever can be wrong in a user's files is a UserError.
+N rows, C candidates, B batch. Whatever is wrong in a user's files is a UserError.
 
-EDIT HERE for another task: the columns, what `read_rows` yields, what the two data sets make of
-it. runtime/batches.py has the contract that they keep.
+EDIT HERE for another task: the columns, what `read_rows` yields and what the two data sets make of
+it. They keep the contract in runtime/batches.py.
 """
 
 import ast
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from model import rerank_scores
@@ -36,17 +37,16 @@ COLUMNS = ("search_word", "template_idx", "page_num", "x_image_path", "resourceK
 COLUMNS += ("candidate_resourceKey", "x_info", "y_info")
 CELL_LIMIT = 1_000_000  # characters
 PIXEL_LIMIT = 50_000_000  # of one image: a small file can unpack to more than the memory holds
-CACHE_LIMIT = 2_000_000_000  # bytes of decoded pages, and of elements, that a process keeps
-# By content, whatever the name says. Pillow knows other formats, some of which run programs.
+CACHE_LIMIT = 2_000_000_000  # bytes of decoded pages that a process keeps, and as many of elements
+# By content, whatever the name says. Pillow knows other formats. Some of them run programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def read_datasets(config, model, splits):
-    """The data sets of some CSVs, in the order of `splits`.
+    """The data sets of some CSVs, in the order of `splits`. Raises UserError.
 
-    test_vocabulary gives a RerankDataset, any other one a SharedDataset.
-    config: needs data_dir, max_candidates, num_negatives, seed. model: its config has the sizes
-    that images are fitted into. Raises UserError.
+    test_vocabulary gives a RerankDataset. Any other one gives a SharedDataset.
+    model: its config has the sizes that images are fitted into.
     """
     folder = Path(config.data_dir)
     query_ids, element_ids = {}, {}  # {key: its number}, over all of the CSVs
@@ -55,21 +55,24 @@ def read_datasets(config, model, splits):
         for split in splits
     ]
 
-    def first_row(naming):
-        """What messages call the first row for which a table's `naming(table)` is true."""
-        return next(t.name_row(np.argmax(naming(t))) for t in tables if naming(t).any())
+    def first_row(names):
+        """What messages call the first row for which `names(table, row)` is true."""
+        rows = ((table, row) for table in tables for row in range(len(table.positions)))
+        return next(table.name_row(row) for table, row in rows if names(table, row))
 
     pages = Images(
         folder / "images",
         list(query_ids),
         model.config.page_size,
-        lambda page: first_row(lambda table: table.queries == page),
+        lambda page: first_row(lambda table, row: page == table.queries[row]),
     )
     elements = Images(
         folder / "elements",
         list(element_ids),
         model.config.element_size,
-        lambda element: first_row(lambda table: table.naming(element)),
+        lambda element: first_row(
+            lambda table, row: element in (table.relevant[row], *table.candidates(row))
+        ),
     )
     return [
         RerankDataset(table, pages, elements, folder)
@@ -80,7 +83,7 @@ def read_datasets(config, model, splits):
 
 
 def fingerprint(datasets) -> str:
-    """A hash of the CSVs, and of the names and sizes of the images: reading them all takes long."""
+    """A hash of the CSVs and of the images' names and sizes: reading them all takes long."""
     digest = hashlib.blake2b(digest_size=16)
     for dataset in datasets:
         digest.update(dataset.path.read_bytes())
@@ -103,10 +106,9 @@ class Row(NamedTuple):
 
 @dataclass
 class Table:
-    """The rows of one CSV that are used, N of them, in arrays.
+    """The N rows of one CSV that are used. Pages and elements are numbers, the same in all CSVs.
 
-    Not a Python object for each row or candidate: forked workers copy objects when they touch them.
-    Queries and elements are numbers, the same ones in all CSVs.
+    Arrays and no object for each row: forked workers copy the objects that they touch.
     """
 
     path: Path
@@ -124,18 +126,6 @@ class Table:
         """The elements of one row: int32 (its candidates,)."""
         return self.listed[self.starts[self.lists[row]] : self.starts[self.lists[row] + 1]]
 
-    def padded_candidates(self):
-        """The elements of all rows: int32 (N, C), padded with -1."""
-        lengths = np.diff(self.starts)  # (L,)
-        padded = np.full((len(lengths), lengths.max()), -1, dtype=np.int32)  # (L, C)
-        padded[np.arange(padded.shape[1]) < lengths[:, None]] = self.listed
-        return padded[self.lists]
-
-    def naming(self, element):
-        """Which rows name an element: bool (N,)."""
-        lists = np.searchsorted(self.starts, np.flatnonzero(self.listed == element), "right") - 1
-        return (self.relevant == element) | np.isin(self.lists, lists)
-
     def name_row(self, row):
         return f"{self.path}, row {self.numbers[row]}"
 
@@ -146,7 +136,8 @@ def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: di
     New keys get the next numbers of query_ids and element_ids. Raises UserError.
     """
     counts = {"used": 0, "no_candidates": 0, "too_many_candidates": 0}
-    rows, lists, starts, listed = array("q"), {}, [0], array("i")
+    rows = array("q")
+    lists = {}  # {the elements of a list, int32, as bytes: its number}
     for row in read_rows(path):
         if row.listed == 0:
             counts["no_candidates"] += 1
@@ -160,18 +151,16 @@ def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: di
                 for key in (row.relevant, *row.candidates)
             ]
             label = elements.index(relevant) if relevant in elements else -1
-            elements = array("i", elements)
-            number = lists.setdefault(elements.tobytes(), len(lists))
-            if number == len(starts) - 1:  # a new list
-                listed.extend(elements)
-                starts.append(len(listed))
-            rows.extend((row.position, row.number, query, relevant, label, number))
+            of_row = lists.setdefault(array("i", elements).tobytes(), len(lists))
+            rows.extend((row.position, row.number, query, relevant, label, of_row))
     if not rows:
         raise UserError(
             f"{path}: no row is left to use: {counts}, where too many is {max_candidates} or more"
         )
     columns = np.ascontiguousarray(np.asarray(rows).reshape(-1, 6).T)  # (6, N)
-    return Table(path, counts, *columns, starts=np.array(starts), listed=np.asarray(listed))
+    starts = np.cumsum([0, *map(len, lists)]) // 4
+    listed = np.frombuffer(b"".join(lists), np.int32)
+    return Table(path, counts, *columns, starts=starts, listed=listed)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -193,10 +182,10 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield Row(position, number, cells["x_image_path"], cells["resourceKey"], listed, candidates)
 
 
-def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (row number, {column: text}) of a UTF-8 CSV that has these columns. Raises UserError.
+def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
+    """Yield (number, {column: text}) of each record of a UTF-8 CSV. Raises UserError.
 
-    Not pandas: it pads or shifts short rows in silence, and does not know the row of an error.
+    Not pandas: it pads or shifts short rows in silence. And it does not know the row of an error.
     """
     csv.field_size_limit(CELL_LIMIT)
     number = 1
@@ -228,7 +217,7 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[s
 
 @functools.lru_cache(4096)  # rows of one search have the same list, and parsing is the slow part
 def parse_keys(text: str) -> tuple[int, tuple[str, ...]]:
-    """(how many keys a cell lists, the keys, each once). Raises ValueError."""
+    """(how many keys a cell lists, each key once). Raises ValueError."""
     value = parse_literal(text)
     if value is None:
         return 0, ()
@@ -241,14 +230,14 @@ def parse_keys(text: str) -> tuple[int, tuple[str, ...]]:
 
 @functools.lru_cache(4096)
 def parse_literal(text: str) -> object:
-    """The value of a cell, JSON or a Python literal. None for an empty one. Raises ValueError.
+    """The value of a cell: JSON or a Python literal, never code. None for an empty cell.
 
-    No code is run: what is neither of the two is refused.
+    Raises ValueError.
     """
     if not text.strip():
         return None
-    # JSON first, which takes a thirtieth of the time. Without double quotes and backslashes in
-    # the cell, Python's single quotes mean what JSON's double quotes mean.
+    # JSON first: it takes a thirtieth of the time. In a cell without double quotes and backslashes
+    # Python's single quotes mean what JSON's double quotes mean.
     quoted = text if '"' in text or "\\" in text else text.replace("'", '"')
     try:
         return json.loads(quoted)
@@ -267,11 +256,11 @@ def shorten(text):
 class Images:
     """The distinct images of one folder, fitted into squares of `size` pixels.
 
-    keys: the names of the files without .png; an image's number is its place in this list.
+    keys: the names of the files without .png. An image's number is its place in this list.
     name_first_row(number): the first row that names an image, for errors.
 
-    What fits into CACHE_LIMIT is decoded once, here, and kept. Above it the files are only checked
-    here and decoded at each use: give the DataLoader workers. Raises UserError.
+    All are checked here. What fits into CACHE_LIMIT is decoded here and kept. Above it they are
+    decoded at each use: give the DataLoader workers. Raises UserError.
     """
 
     def __init__(self, folder, keys, size, name_first_row):
@@ -279,57 +268,52 @@ class Images:
         self.paths, self.pixels = [], None
         if len(keys) * 3 * size * size <= CACHE_LIMIT:
             self.pixels = np.empty((len(keys), 3, size, size), dtype=np.uint8)
-        # This is most of the time before the first update, so it takes all cores, shared with the
-        # other processes of this machine. A few images are read before a worker would start.
-        workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(workers, 8, len(keys) // 1000)
-        read = functools.partial(
-            read_images, os.path.realpath(folder), size if self.pixels is not None else None
-        )
+        # Most of the time before the first update is spent here. So all cores work: the processes
+        # of this machine share them. A few images are read before a worker would start.
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        root, keep = os.path.realpath(folder), self.pixels is not None
         batches = DataLoader(
             keys,  # pyrefly: ignore[bad-argument-type]
             batch_size=64,
-            collate_fn=read,
-            num_workers=workers if workers > 1 else 0,
+            collate_fn=functools.partial(read_images, root, size, keep),
+            num_workers=min(cores, 8, len(keys) // 1000),
             generator=torch.Generator(),  # else iterating draws from the global random state
         )
         for paths, pixels, problem in batches:
             start = len(self.paths)
             self.paths += paths
-            if problem is not None:
+            if problem:
                 raise UserError(f"{problem} (named by {name_first_row(len(self.paths))})")
             if self.pixels is not None:
                 self.pixels[start : len(self.paths)] = pixels
 
     def take(self, numbers):
         """Images by their numbers, int (K,): uint8 (K, 3, size, size)."""
-        if self.pixels is not None:
-            # By NumPy. On a CPU torch wakes all threads to copy 400 kB and takes up to 70 times
-            # as long.
-            return torch.from_numpy(self.pixels[numbers])
-        return torch.stack([decode_image(self.paths[number], self.size) for number in numbers])
+        if self.pixels is None:
+            return torch.stack([decode_image(self.paths[number], self.size) for number in numbers])
+        # By NumPy: on a CPU torch wakes all threads for 400 kB and takes up to 70 times as long.
+        return torch.from_numpy(self.pixels[numbers])
 
 
-def read_images(root, size, keys):
-    """Read images until one cannot be used: (paths, pixels, what is wrong with that one or None).
+def read_images(root, size, keep, keys):
+    """(paths, pixels, what is wrong with the next image): of images up to one that is no use.
 
-    pixels: uint8 (len(paths), 3, size, size). With size None the files are only checked.
+    pixels: uint8 (len(paths), 3, size, size). Without `keep` the files are only checked.
     """
-    paths, pixels = [], []
+    paths, pixels, problem = [], [], None
     try:
         for key in keys:
             path = find_image(root, key)
-            if size is None:
+            if keep:
+                pixels.append(decode_image(path, size).numpy())
+            else:
                 with open_image(path) as image:
                     image.verify()
-            else:
-                pixels.append(decode_image(path, size).numpy())
             paths.append(path)
-    except UserError as error:
-        # Returned, since DataLoader would put the traceback of its worker before the message.
-        return paths, None, str(error)
+    except UserError as error:  # raised, it would come with the traceback of the worker before it
+        problem = str(error)
     # An array: tensors would come through shared memory, of which containers have little.
-    return paths, np.array(pixels), None
+    return paths, np.array(pixels), problem
 
 
 def find_image(root: str, key: str) -> str:
@@ -359,12 +343,10 @@ def decode_image(path, size: int) -> torch.Tensor:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("RGB")
-        if image.size != (size, size):
-            # Resized here, at least 1 pixel wide: ImageOps.pad alone leaves nothing of a thin line.
-            longer = max(image.size)
-            fitted = [max(1, round(side * size / longer)) for side in image.size]
-            image = image.resize(fitted, Image.Resampling.BICUBIC)
-            image = ImageOps.pad(image, (size, size), color="white")
+        # Resized here, at least 1 pixel wide: ImageOps.pad alone leaves nothing of a thin line.
+        fitted = [max(1, round(side * size / max(image.size))) for side in image.size]
+        image = image.resize(fitted, Image.Resampling.BICUBIC)
+        image = ImageOps.pad(image, (size, size), color="white")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -376,7 +358,7 @@ def open_image(path):
                 raise UserError(
                     f"{path}: {image.width} x {image.height} pixels; the limit is {PIXEL_LIMIT:,}"
                 )
-            if image.mode in ("I", "F"):  # they have no fixed range, so nothing says what is white
+            if image.mode in ("I", "F"):  # nothing says what is white in them
                 raise UserError(
                     f"{path}: pixels of 32 bits, or signed ones; "
                     "save it with 8 bits a channel, or 16 unsigned"
@@ -391,8 +373,8 @@ def open_image(path):
 class SharedDataset(Dataset):
     """Training and the shared evaluation: an item is a row.
 
-    The model is given the page, the relevant element and k of the row's other candidates. These
-    are drawn from (seed, epoch, row): the same ones in any process, worker or resumed run.
+    The model is given the page, the relevant element and k of the row's other candidates. The draw
+    depends on (seed, epoch, row) alone. So every process, worker and resumed run draws the same.
     """
 
     def __init__(self, table, pages, elements, num_negatives, seed):
@@ -422,11 +404,11 @@ class SharedDataset(Dataset):
         }
 
     def draw(self, rows, epoch):
-        """Draw k negatives for each row, after its relevant element: elements, (B, 1 + k).
+        """The relevant element of each row and k negatives drawn after it: elements, (B, 1 + k).
 
-        A row with fewer candidates is padded with its relevant element.
-        By Floyd's algorithm: k random numbers and k x k comparisons, however long the list (Bentley
-        and Floyd, "A sample of brilliance", Communications of the ACM 30(9), 1987).
+        A row with fewer candidates is padded with its relevant element. By Floyd's algorithm: k
+        random numbers and k x k comparisons, however long the list (Bentley and Floyd, "A sample of
+        brilliance", Communications of the ACM 30(9), 1987).
         """
         table, k = self.table, self.num_negatives
         chances = np.empty((len(rows), k))
@@ -450,57 +432,54 @@ class SharedDataset(Dataset):
 
 
 class RerankDataset(Dataset):
-    """The rerank evaluation: an item is a distinct image, so each goes through the model once.
+    """The rerank evaluation: an item is a distinct image. Each goes through the model once.
 
-    Elements come first, then pages. They differ in size, so they never share a batch.
+    Elements come first, then pages. They differ in size and never share a batch.
     """
 
     def __init__(self, table, pages, elements, data_dir):
         self.table, self.pages, self.elements, self.data_dir = table, pages, elements, data_dir
         self.path, self.counts, self.positions = table.path, table.counts, table.positions
         self.labels, self.name_row = table.labels, table.name_row
-        candidates = table.padded_candidates()  # (N, C)
-        self.element_ids = np.unique(table.listed)
-        self.page_ids = np.unique(table.queries)
+        self.element_ids, listed = np.unique(table.listed, return_inverse=True)
+        self.page_ids, shown = np.unique(table.queries, return_inverse=True)
+        self.image_ids = np.concatenate([self.element_ids, self.page_ids])  # (M,), of each item
         self.item_weights = np.ones(len(self))
         first_page = len(self.element_ids)
-        # As many pixels as in a batch of pages, so as much memory. One by one would be slow.
+        # As many pixels as in a batch of pages take as much memory. Fewer would be slow.
         elements_for_a_page = max(1, pages.size**2 // elements.size**2)
         self.groups = [
             (range(first_page), elements_for_a_page),
             (range(first_page, len(self)), 1),
         ]
         # What `score` takes: items, int64 (N,) and (N, C), padded with -1.
-        self.queries = torch.from_numpy(first_page + np.searchsorted(self.page_ids, table.queries))
-        columns = np.searchsorted(self.element_ids, candidates)
-        self.candidates = torch.from_numpy(np.where(candidates < 0, -1, columns))
+        self.queries = torch.from_numpy(first_page + shown)
+        lists = torch.from_numpy(listed).split(np.diff(table.starts).tolist())  # L of them
+        padded = pad_sequence(list(lists), batch_first=True, padding_value=-1)  # (L, C)
+        self.candidates = padded[table.lists]
 
     def __len__(self):
-        return len(self.element_ids) + len(self.page_ids)
+        return len(self.image_ids)
 
     def __getitems__(self, keys):
         """A whole batch, of elements or of pages. See the contract."""
         items = np.array([key.index for key in keys])
-        first_page = len(self.element_ids)
-        if items[0] < first_page:
-            images = self.elements.take(self.element_ids[items])
-        else:
-            images = self.pages.take(self.page_ids[items - first_page])
-        return index_and_weight(keys) | {"images": images}  # (B, 3, H, W)
+        images = self.images_of(items[0]).take(self.image_ids[items])  # (B, 3, H, W)
+        return index_and_weight(keys) | {"images": images}
+
+    def images_of(self, item):
+        return self.elements if item < len(self.element_ids) else self.pages
 
     def score(self, outputs):
         """Embeddings of all items, {"outputs": (M, D)}, to scores float32 (N, C)."""
         return rerank_scores(outputs["outputs"], self.queries, self.candidates)
 
     def name_item(self, item):
-        first_page = len(self.element_ids)
-        if item < first_page:
-            return self.elements.paths[self.element_ids[item]]
-        return self.pages.paths[self.page_ids[item - first_page]]
+        return self.images_of(item).paths[self.image_ids[item]]
 
     def keys_of(self, row):
         """The keys of a row's candidates, in the order of the columns: a list of str."""
-        return [self.elements.keys[element] for element in self.table.candidates(row).tolist()]
+        return [self.elements.keys[element] for element in self.table.candidates(row)]
 
     def relevant_key(self, row):
         return self.elements.keys[self.table.relevant[row]]

@@ -32,12 +32,15 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from runtime import launch
+
+launch.refuse_hidden_library()
+
 import report
 from config import Config, EvaluateConfig, read_options
 from data import read_datasets
 from metrics import compute_metrics
 from model import load_model
-from runtime import launch
 from runtime.batches import evaluation_batches, make_dataloader
 from runtime.checkpoint import read_training_config, save_checkpoint, save_model
 from runtime.evaluation import (
@@ -62,8 +65,7 @@ class Evaluation(NamedTuple):
 def make_evaluations(eval_dataset=None, rerank_dataset=None) -> dict[str, Evaluation]:
     """EDIT HERE to add an evaluation or to drop one. The names are the prefixes in the log.
 
-    A second one with a report writes metric_{name}.csv. Its data come from read_datasets, which
-    both main functions call. Without any there is no best/.
+    A second one with a report writes metric_{name}.csv. Both main functions read its data.
     """
     return {
         "eval": Evaluation(evaluate, eval_dataset, compute_metrics),

@@ -42,8 +42,7 @@ def ranks_of_relevant(scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
 
     scores: float (N, C), padded with -inf. labels: int (N,), -1 where the relevant one is missing.
     Such a query counts as 0 in every mean: dropping it would raise the metrics.
-    Raises ValueError if there are no queries, if shapes disagree, or if a label's score is not
-    finite.
+    Raises ValueError without queries, for other shapes, or for a label without a finite score.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or len(scores) == 0:

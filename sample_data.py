@@ -19,7 +19,6 @@ import functools
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -71,45 +70,38 @@ def build_once(accelerator, data_dir: str):
 
 
 def build(data_dir: str | Path, progress: bool = True):
-    """Write the data set to `data_dir`, whole or not at all. data.py tells its layout.
-
-    Raises UserError if `data_dir` is there already.
-    """
+    """Write the data set to `data_dir`, whole or not at all. Raises UserError where it exists."""
     data_dir = Path(data_dir)
     if data_dir.exists():
         raise UserError(f"{data_dir} is there already: remove it to have it built again")
     data_dir.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{data_dir.name}-unfinished-", dir=data_dir.parent))
-    try:
+    icons = read_icons()
+    bar = tqdm(
+        total=len(icons) + sum(PAGES.values()) + 2 * ODD_ROWS * len(PAGES),
+        desc="building the default data",
+        unit="image",
+        disable=not progress or None,
+    )
+    prefix = f".{data_dir.name}-unfinished-"
+    with bar, tempfile.TemporaryDirectory(prefix=prefix, dir=data_dir.parent) as temporary:
+        unfinished = Path(temporary, "data")
         for folder in ("csv", "images", "elements"):
-            (unfinished / folder).mkdir()
-        icons = read_icons()
-        with tqdm(
-            total=len(icons) + sum(PAGES.values()) + 2 * ODD_ROWS * len(PAGES),
-            desc="building the default data",
-            unit="image",
-            disable=not progress or None,
-        ) as bar:
-            glyphs = draw_elements(icons, unfinished / "elements", bar)
-            for number, (split, (split_icons, words)) in enumerate(split_by_word(icons).items()):
-                random = np.random.default_rng((SEED, number))
-                rows = compose_pages(
-                    split, split_icons, words, glyphs, random, unfinished / "images", bar
-                )
-                with open(
-                    unfinished / "csv" / f"{split}.csv", "w", newline="", encoding="utf-8"
-                ) as file:
-                    csv.writer(file).writerows([COLUMNS, *rows])
-        unfinished.chmod(0o755)  # mkdtemp lets nobody else read it
+            (unfinished / folder).mkdir(parents=True)
+        glyphs = draw_elements(icons, unfinished / "elements", bar)
+        for number, (split, (split_icons, words)) in enumerate(split_by_word(icons).items()):
+            random = np.random.default_rng((SEED, number))
+            rows = compose_pages(
+                split, split_icons, words, glyphs, random, unfinished / "images", bar
+            )
+            path = unfinished / "csv" / f"{split}.csv"
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([COLUMNS, *rows])
         try:
             os.rename(unfinished, data_dir)
         except OSError:
-            if (
-                not data_dir.exists()
-            ):  # else another machine on the same disk was first, with the same bytes
+            # Another machine on the same disk may have been first, with the same bytes.
+            if not data_dir.exists():
                 raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def read_icons():
@@ -148,42 +140,38 @@ def split_by_word(icons):
         for w, has in icons_of.items()
         if len(w) > 2 and w.isalpha() and 8 <= len(has) <= 160 and len({s for s, _ in has}) > 2
     )
-    words = [words[i] for i in np.random.default_rng(SEED).permutation(len(words))]
-    ends = np.cumsum([0, *SHARE.values()]) * len(words)
-    dealt = {
-        split: set(words[round(ends[i]) : round(ends[i + 1])]) for i, split in enumerate(SHARE)
-    }
-    splits = {split: [] for split in SHARE}
+    words = np.random.default_rng(SEED).permutation(words)
+    ends = np.cumsum(list(SHARE.values())) * len(words)
+    parts = np.split(words, ends.round().astype(int)[:-1])
+    splits = {split: ([], set(part.tolist())) for split, part in zip(SHARE, parts, strict=True)}
     for style, name in icons:
-        for split in ("test_vocabulary", "eval", "train"):
-            if split == "train" or dealt[split] & set(name.split("-")):
-                splits[split].append((style, name))
-                break
-    return {split: (splits[split], sorted(dealt[split])) for split in SHARE}
+        words = set(name.split("-"))
+        split = next((s for s in ("test_vocabulary", "eval") if splits[s][1] & words), "train")
+        splits[split][0].append((style, name))
+    return splits
 
 
 def draw_elements(icons, folder, bar):
-    """Write {style}_{name}.png for each icon. {(style, name): its ink}, 255 is black.
+    """Write {style}_{name}.png for each icon. Return {(style, name): its ink}, 255 is black.
 
     The ink is uint8 (ELEMENT_SIZE, ELEMENT_SIZE).
     """
     glyphs = {}
     for number, ((style, name), (font_file, code_point)) in enumerate(icons.items()):
         # One size for all icons of a font keeps its line width. Only those too wide are smaller.
-        size, character = ELEMENT_SIZE - 4, chr(code_point)
-        left, top, right, bottom = load_font(font_file, size).getbbox(character)
-        if max(right - left, bottom - top) > ELEMENT_SIZE:
-            size = size * ELEMENT_SIZE // max(right - left, bottom - top)
+        character = chr(code_point)
+        font = load_font(font_file, ELEMENT_SIZE - 4)
+        left, top, right, bottom = font.getbbox(character)
+        longer = max(right - left, bottom - top)
+        if longer > ELEMENT_SIZE:
+            font = load_font(font_file, (ELEMENT_SIZE - 4) * ELEMENT_SIZE // longer)
+            left, top, right, bottom = font.getbbox(character)
         ink = Image.new("L", (ELEMENT_SIZE, ELEMENT_SIZE))
-        middle = ELEMENT_SIZE / 2, ELEMENT_SIZE / 2
-        left, top, right, bottom = load_font(font_file, size).getbbox(character)
-        origin = middle[0] - (left + right) / 2, middle[1] - (top + bottom) / 2
-        ImageDraw.Draw(ink).text(origin, character, fill=255, font=load_font(font_file, size))
+        origin = (ELEMENT_SIZE - left - right) / 2, (ELEMENT_SIZE - top - bottom) / 2
+        ImageDraw.Draw(ink).text(origin, character, fill=255, font=font)
+        element = ImageOps.invert(ink)
         if number % 2:  # every other element is a transparent PNG, as designers export them
-            element = Image.new("LA", ink.size)
-            element.putalpha(ink)
-        else:
-            element = ImageOps.invert(ink)
+            element = Image.merge("LA", [Image.new("L", ink.size), ink])
         element.save(folder / f"{style}_{name}.png", compress_level=1)
         glyphs[style, name] = np.asarray(ink)
         bar.update()
@@ -202,7 +190,9 @@ def compose_pages(split, icons, words, glyphs, random, folder, bar):
         return items[random.integers(len(items))]
 
     rows = []
-    words = [word for word in words if len(by_word[word]) > 1]  # one style leaves nothing to rank
+    steps = range(0, PAGE_SIZE, ELEMENT_SIZE)
+    # A word of one style leaves nothing to rank.
+    words = sorted(word for word in words if len(by_word[word]) > 1)
     while len(rows) < PAGES[split] + 2 * ODD_ROWS:
         word = pick(words)
         style = pick(list(by_word[word]))
@@ -212,24 +202,22 @@ def compose_pages(split, icons, words, glyphs, random, folder, bar):
         ]
         odd = len(rows) - PAGES[split]  # the odd rows come last
         if odd >= ODD_ROWS:  # a search that found far too much
-            candidates += [icon for icon in icons if icon[0] != style and icon not in candidates][
-                : 400 - len(candidates) + odd
-            ]
-        candidates = [] if 0 <= odd < ODD_ROWS else [f"{s}_{n}" for s, n in candidates]
+            others = [icon for icon in icons if icon[0] != style and icon not in candidates]
+            candidates += others[: 400 - len(candidates) + odd]
+        elif odd >= 0:
+            candidates = []
 
         # A grid of icons of the style, with one cell left empty: the relevant one was taken out.
-        steps = range(0, PAGE_SIZE, ELEMENT_SIZE)
-        cells = [(x, y) for y in steps for x in steps]
-        cells = [cells[i] for i in random.permutation(len(cells))]
+        cells = random.permutation([(x, y) for y in steps for x in steps]).tolist()
         page = np.full((PAGE_SIZE, PAGE_SIZE), 255, np.uint8)
         for x, y in cells[1:]:
             page[y : y + ELEMENT_SIZE, x : x + ELEMENT_SIZE] -= glyphs[style, pick(by_style[style])]
         path = f"{split}_{len(rows):05d}"
         Image.fromarray(page).save(folder / f"{path}.png", compress_level=1)
-        (x, y), box = cells[0], ELEMENT_SIZE
-        keys = [candidates[i] for i in random.permutation(len(candidates))]
+        keys = random.permutation([f"{s}_{n}" for s, n in candidates]).tolist()
         row = [word, len(rows) // 4, len(rows) % 4, path, f"{style}_{name}", keys]
-        rows.append([*row, [PAGE_SIZE, PAGE_SIZE], [x, y, x + box, y + box]])
+        x, y = cells[0]
+        rows.append([*row, [PAGE_SIZE, PAGE_SIZE], [x, y, x + ELEMENT_SIZE, y + ELEMENT_SIZE]])
         bar.update()
     return rows
 

@@ -68,8 +68,7 @@ def main():
     if state.finished:
         accelerator.print(f"{config.output_dir} holds a finished run: there is nothing to do")
         return launch.finish(accelerator)
-    counts = {str(dataset.path): dataset.counts for dataset in datasets}
-    start_trackers(accelerator, config, state, counts)
+    start_trackers(accelerator, config, state, datasets)
     status = train(accelerator, config, model, state, checkpoint, train_dataset, evaluations)
     launch.finish(accelerator)
     sys.exit(status)

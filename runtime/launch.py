@@ -32,6 +32,15 @@ class UserError(ValueError):
     status = 1  # the exit status of the program
 
 
+def refuse_hidden_library():
+    """`import evaluate` in metrics.py finds our evaluate.py. Python would tell of a circle."""
+    if "metrics" in sys.modules and not hasattr(sys.modules["metrics"], "compute_metrics"):
+        sys.exit(
+            "error: in metrics.py `import evaluate` is our evaluate.py, not the library: import "
+            "what the library wraps (from sklearn.metrics import f1_score), or rename evaluate.py"
+        )
+
+
 def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
     """Accelerator(**kwargs), with what a machine without a GPU needs, and checked.
 

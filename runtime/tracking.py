@@ -38,10 +38,10 @@ def make_trackers(report_to: str, output_dir: str) -> list:
     return [JsonlTracker(Path(output_dir) / "log.jsonl"), *names]
 
 
-def start_trackers(accelerator: Accelerator, config, state: TrainState, counts: dict):
+def start_trackers(accelerator: Accelerator, config, state: TrainState, datasets: list):
     """Start all trackers. Each begins with the config, versions, git commit and counts of rows.
 
-    config: a dataclass with output_dir and project. counts: {CSV: {"used": ...}}.
+    config: a dataclass with output_dir and project.
     A resumed run is one run in log.jsonl and in wandb. Other trackers start another one.
     """
     facts = {
@@ -50,7 +50,7 @@ def start_trackers(accelerator: Accelerator, config, state: TrainState, counts: 
         "strategy": accelerator.distributed_type.value,
         "mixed_precision": accelerator.mixed_precision,
         "device": accelerator.device.type,
-        "data": counts,
+        "data": {str(dataset.path): dataset.counts for dataset in datasets},
         "versions": state.versions,
         "git_commit": git_commit(),
         "depends_on": state.depends_on,

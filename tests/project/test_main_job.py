@@ -78,7 +78,7 @@ ARROWS = {
     "data.py": {"model", "runtime"},
     "model.py": set(),
     "metrics.py": set(),
-    "sample_data.py": set(),
+    "sample_data.py": {"runtime"},
     "runtime": {"runtime"},
     "tools": {"report"},
 }

@@ -7,12 +7,16 @@ padding, computes by DataFrame.apply, and writes a file. `adapted` is the same o
 import ast
 import difflib
 import inspect
+import shutil
+import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from accelerate import Accelerator
+from conftest import REPOSITORY
 from page_data import make_tiny_model, read_csv, write_csv, write_data
 from transformers import EvalPrediction
 
@@ -128,3 +132,21 @@ def test_unchanged_it_would_not_do(data, tmp_path, monkeypatch):
     scores = np.where(prediction.predictions == -np.inf, -10, prediction.predictions)
     with pytest.raises(ValueError, match="Length of values"):
         before(EvalPrediction(predictions=scores, label_ids=prediction.label_ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["import evaluate", "from evaluate import load"])
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
+def test_the_library_evaluate_is_hidden(program, line, tmp_path):
+    """Most scripts for Trainer import it. In metrics.py of a copy that ends in one line."""
+    for path in REPOSITORY.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(REPOSITORY / "runtime", tmp_path / "runtime")
+    text = (tmp_path / "metrics.py").read_text(encoding="utf-8")
+    (tmp_path / "metrics.py").write_text(f"{line}\n{text}", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, program, "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    (message,) = done.stderr.splitlines()
+    assert message.startswith("error: in metrics.py `import evaluate` is our evaluate.py")
