@@ -103,13 +103,19 @@ def test_bf16_and_no_config_file(tiny, tmp_path):
     name = first["config"]["metric_for_best_model"]
     printed = re.search(rf"^{re.escape(name)} +(\S+)$", done.stdout, re.MULTILINE)[1]
     assert printed in [f"{value:.6f}" for value in column(lines, name).values()]
-    message = refused(
-        "evaluate.py", "--model_dir", best, config="zero2", mixed_precision="no", cwd=tmp_path
-    )
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_evaluate_is_not_for_deepspeed(tiny, tmp_path):
+    launch("train.py", *tiny.flags(tmp_path / "output", *FEW))
+    options = {"config": "zero2", "mixed_precision": "no", "cwd": tmp_path}
+    message = refused("evaluate.py", "--model_dir", tmp_path / "output" / "best", **options)
     assert "to evaluate launch with cpu, single_gpu or multi_gpu.yaml" in message
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_slurm_script(tiny, tmp_path):
     """As Slurm would run it on two machines of one GPU each: srun starts it on both."""
     for name, text in {

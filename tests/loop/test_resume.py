@@ -102,8 +102,6 @@ def assert_the_same_run(folder, whole, last=20):
     for line in (*ours, *theirs):
         line.pop("train/samples_per_second", None)
     assert ours == theirs
-    names = [{path.name for path in (each / "checkpoints").iterdir()} for each in (folder, whole)]
-    assert names[0] == names[1]
     for path in ("best", f"checkpoints/step_{last:08d}"):
         assert_same_weights(folder / path, whole / path)
     assert reports(folder) == reports(whole)
@@ -150,25 +148,39 @@ def test_wandb_offline_holds_what_log_jsonl_holds(whole):
 # ---- interrupted
 
 
+STOPPED = "stopped after update {}"
+INTERRUPTIONS = [  # when, what, on which process, the checkpoints that are there then, what is said
+    # One process that dies ends the others.
+    ("in update 3", "DIE", 1, [], "another process ended"),
+    # As after SIGUSR1 or SIGKILL to `accelerate launch`: they save, and end by themselves.
+    ("in update 6", "ORPHAN", 0, [4, 6], STOPPED),
+    ("in the second evaluation", "INT", 1, [4, 6, 7], STOPPED),  # it will be done again
+    ("in the save of update 8", "FULL", 0, [4, 6, 7], "error: the checkpoint of update 8 could"),
+    ("in the save of update 16", "KILL", 1, [7, 8, 12], ""),
+    ("after update 19", "TERM", 0, [12, 16, 19], STOPPED),
+]
+
+
+def interrupt(start, folder, when, what, on, left, said, **options):
+    done = start(folder, "--report_to", "none", when=when, what=what, on=on, **options)
+    at = float(re.search(r"interrupted at (\S+)", done.stdout)[1])
+    assert done.returncode != 0 and time.time() - at < 60
+    names = sorted(path.name for path in folder.glob("checkpoints/step_*"))
+    assert names == [f"step_{step:08d}" for step in left], when
+    before, mark, _ = done.stdout.partition(said.format(left[-1]) if left else said)
+    assert mark == said.format(*left[-1:]) and (what == "INT" or "Traceback" not in before)
+    assert done.stdout.count(mark) == 1 or not mark  # once, on however many processes
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_interrupted_again_and_again(start, whole, tmp_path):
     """The run ends with the bits of the one that was not interrupted."""
     folder = tmp_path / "output"
-    interruptions = [  # when, what, on which process, the checkpoints that are there then
-        ("in the save of best", "KILL", 0, None),
-        ("in update 6", "TERM", 0, [4, 6]),
-        ("in the second evaluation", "INT", 1, [4, 6, 7]),  # it will be done again
-        ("in the save of update 16", "KILL", 1, [7, 8, 12]),
-        ("after update 19", "TERM", 0, [12, 16, 19]),
-    ]
-    for when, what, on, left in interruptions:
-        done = start(folder, "--report_to", "none", when=when, what=what, on=on)
-        assert done.returncode != 0 and "interrupted at" in done.stdout, done.stdout
-        if left:
-            names = {path.name for path in (folder / "checkpoints").glob("step_*")}
-            assert names == {f"step_{step:08d}" for step in left}, when
-        if what != "KILL":
-            assert f"stopped after update {left[-1]}" in done.stdout, done.stdout
+    for interruption in INTERRUPTIONS:
+        text = interrupt(start, folder, *interruption)
+        if "FULL" in interruption:
+            assert "No space left on device" in text and "Safe: step_00000007" in text
     done = start(folder, "--report_to", "none")
     assert done.returncode == 0 and "resuming after update 19" in done.stdout, done.stdout
     assert_the_same_run(folder, whole)
@@ -176,10 +188,13 @@ def test_interrupted_again_and_again(start, whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_save_that_was_begun_is_finished_first(start, tmp_path):
-    done = start(tmp_path / "output", when="in the save of update 8", what="TERM", on=1)
-    assert "stopped after update 8" in done.stdout, done.stdout
-    assert newest_checkpoint(READER, tmp_path / "output" / "checkpoints").name == "step_00000008"
+def test_interrupted_in_other_saves(start, whole, tmp_path):
+    folder = tmp_path / "output"
+    interrupt(start, folder, "in the save of best", "KILL", 0, [], "")
+    # The save that was begun is finished first.
+    interrupt(start, folder, "in the save of update 8", "TERM", 1, [4, 8], STOPPED)
+    assert start(folder, "--report_to", "none").returncode == 0
+    assert_the_same_run(folder, whole)
 
 
 @pytest.mark.slow
@@ -194,23 +209,6 @@ def test_every_strategy_resumes(config, start, tmp_path):
     assert "stopped after update 11" in done.stdout, done.stdout
     assert start(tmp_path / "two", **options).returncode == 0
     assert_the_same_run(tmp_path / "two", tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_one_process_that_dies_ends_the_others(start, tmp_path):
-    done = start(tmp_path / "output", when="in update 5", what="DIE", on=1)
-    died = float(re.search(r"interrupted at (\S+)", done.stdout)[1])
-    assert done.returncode != 0 and time.time() - died < 60
-    before, _, after = done.stdout.partition("another process ended")
-    assert after and "another process ended" not in after and "Traceback" not in before
-
-
-@pytest.mark.slow
-def test_processes_without_a_launcher_end(start, tmp_path):
-    """As after SIGUSR1 or SIGKILL to `accelerate launch`: they save, and end by themselves."""
-    done = start(tmp_path / "output", when="in update 6", what="ORPHAN")  # until the last is gone
-    assert "stopped after update 6" in done.stdout, done.stdout
-    assert newest_checkpoint(READER, tmp_path / "output" / "checkpoints").name == "step_00000006"
 
 
 @pytest.mark.slow
@@ -256,17 +254,6 @@ def test_the_exit_status_says_what_was_wrong(flags, status, run_alone, tmp_path,
         run_alone(tmp_path / "output", *flags)
 
 
-@pytest.mark.slow
-def test_a_disk_that_is_full(start, tmp_path):
-    folder = tmp_path / "output"
-    done = start(folder, when="in the save of update 8", what="FULL")
-    (message,) = re.findall("^error: (.*)$", done.stdout, re.MULTILINE)
-    assert "checkpoint of update 8 could not be written" in message
-    assert "No space left on device" in message and "Safe: step_00000004" in message
-    assert "Traceback" not in done.stdout.split("error: ")[0]
-    assert newest_checkpoint(READER, folder / "checkpoints").name == "step_00000004"
-
-
 # ---- which checkpoint, and whether the run may resume from it
 
 
@@ -290,7 +277,10 @@ def test_a_run_stopped_in_its_last_evaluation_does_it_again(whole, run_alone, tm
     assert "resuming after update 20" in capsys.readouterr().out
     ours, theirs = (read_log(each)[1][-1] for each in (folder, whole))
     evaluation = {name: ours[name] for name in theirs if not name.startswith("train/")}
-    assert evaluation.items() <= theirs.items() and reports(folder) == reports(whole)
+    assert evaluation.items() <= theirs.items()
+    # curves.png is drawn from the log, and the last training line is not there: its losses were.
+    ours, theirs = (reports(each) | {"curves.png": b""} for each in (folder, whole))
+    assert ours == theirs
     run_alone(folder)
     assert "holds a finished run" in capsys.readouterr().out
 
