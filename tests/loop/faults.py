@@ -60,14 +60,14 @@ def divided_twice(backward, accelerator, loss):
 
 
 @planted(evaluate, "predict")
-def mean_of_batch_means_in_evaluation(predict, accelerator, model, dataloader, dataset):
+def mean_of_batch_means_in_evaluation(predict, accelerator, model, *others):
     def repeated_mean(**batch):
         outputs = model(**batch)
         if "losses" in outputs:
             outputs["losses"] = outputs["losses"].mean().repeat(len(outputs["losses"]))
         return outputs
 
-    return predict(accelerator, repeated_mean, dataloader, dataset)
+    return predict(accelerator, repeated_mean, *others)
 
 
 @planted(evaluate, "gather_items")

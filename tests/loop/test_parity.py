@@ -329,6 +329,7 @@ class Runs:
         }  # fmt: skip
 
     def launch(self, folder, runs, config, processes):
+        assert not folder.exists(), "this launch failed: see the first test that asked for it"
         folder.mkdir()
         options = {"config": config, "processes": processes, "mixed_precision": "no"}
         options |= {"RUNS": json.dumps(runs), "FOLDER": str(folder)}

@@ -368,6 +368,25 @@ def test_a_folder_of_another_run_is_refused(flags, message, whole, run_alone):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--per_device_train_batch_size", 9999], "a global batch of 39996 rows is more than the"),
+        (["--output_dir", "/dev/null/output"], "/dev/null/output: cannot be written: Not a dir"),
+        (["--metric_for_best_model", "nothing/loss"], "nothing/loss: it begins with none of"),
+        (["--metric_for_best_model", "{}/nothing"], "no such metric; there are {}/"),
+    ],
+)
+def test_what_is_refused_before_the_first_update(flags, message, run_alone, tmp_path):
+    prefix = train.Config.metric_for_best_model.partition("/")[0]
+    flags = [str(flag).format(prefix) for flag in flags]
+    with pytest.raises(UserError) as refusal:
+        run_alone(tmp_path / "output", *flags)
+    assert message.format(prefix) in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not list(tmp_path.glob("output/checkpoints/*"))
+
+
+@pytest.mark.slow
 def test_another_base_model_is_refused(whole, run_alone, tiny, tmp_path, capsys):
     """It counts by what is in it, not by where it lies."""
     before = contents(whole)
