@@ -1,6 +1,5 @@
-"""What the tests share: a small data set, launches of real processes, and the records of a run."""
+"""What all tests share: launches of real processes, and the records of a run."""
 
-import csv
 import json
 import os
 import re
@@ -8,36 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-
-from model import DualEncoder, DualEncoderConfig
 
 REPOSITORY = Path(__file__).parents[1]
-# For launches that share the cores, where threads that wait without letting go slow all tenfold. One that is alone is slower so.
+# For launches that share the cores: threads that spin while they wait slow all of them tenfold.
 SIDE_BY_SIDE = {"OMP_WAIT_POLICY": "PASSIVE"}
-COLUMNS = [
-    "search_word",
-    "template_idx",
-    "page_num",
-    "x_image_path",
-    "resourceKey",
-    "candidate_resourceKey",
-    "x_info",
-    "y_info",
-]
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--all",
-        action="store_true",
-        help="also the tests marked long: every way of running, ten minutes more",
+        "--all", action="store_true", help="also the tests marked long: every way of running"
     )
     parser.addoption(
-        "--write-table", action="store_true", help="write the README's table of test_parity.py anew"
+        "--write-table", action="store_true", help="write the README's table of strategies anew"
     )
 
 
@@ -52,86 +34,28 @@ def pytest_runtest_setup(item):
     launch.is_for = item
 
 
-@pytest.fixture
-def data_dir(tmp_path):
-    return write_data(tmp_path / "data")
+class Tiny:
+    """What tests/tiny_task.py makes: the data, and a model without and with dropout."""
+
+    def __init__(self, folder):
+        from tiny_task import OPTIONS, make_data, make_model  # here: not every test needs the task
+
+        self.data, self.model, self.dropout = (folder / n for n in ("data", "model", "dropout"))
+        make_data(self.data)
+        make_model(self.model, 0.0)
+        make_model(self.dropout, 0.1)
+        self.options = [str(word) for word in OPTIONS]
+
+    def flags(self, output_dir, *others, dropout=False):
+        """Arguments of train.py. A later flag goes over an earlier one."""
+        model = self.dropout if dropout else self.model
+        flags = ["--data_dir", self.data, "--model_name_or_path", model, "--output_dir", output_dir]
+        return [str(word) for word in (*flags, *self.options, *others)]
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-def make_tiny_model(folder):
-    """A folder with a model that computes next to nothing, and has dropout."""
-    backbone = {
-        "model_type": "vit",
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    backbone |= {"image_size": 16, "patch_size": 8, "hidden_dropout_prob": 0.1}
-    config = DualEncoderConfig(
-        backbone_config=backbone, feature_size=86, embedding_size=16, page_size=16, element_size=16
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(
-            0
-        )  # the same in each run of the tests: when an evaluation is the best one depends on it
-        DualEncoder(config).save_pretrained(folder)
-    return folder
-
-
-def write_data(folder, train=41, evaluation=13, test=17, elements=30):
-    """A data set of noise, in the layout of data.py, with row counts that divide by nothing. Returns the folder."""
-    random = np.random.default_rng(0)
-    for name in ("csv", "images", "elements"):
-        (folder / name).mkdir(parents=True)
-    keys = [
-        f"요소 {number}" if number % 5 == 0 else f"element_{number}" for number in range(elements)
-    ]
-    for key in keys:
-        save_image(
-            folder / "elements" / f"{key}.png", random.integers(0, 256, (32, 32, 4), dtype=np.uint8)
-        )
-    for split, rows in {"train": train, "eval": evaluation, "test_vocabulary": test}.items():
-        written = []
-        for row in range(rows):
-            page = f"{split} {row}"
-            save_image(
-                folder / "images" / f"{page}.png",
-                random.integers(0, 256, (64, 64, 3), dtype=np.uint8),
-            )
-            found = [keys[i] for i in random.permutation(elements)[: 2 + row % 9]]
-            written.append(
-                [
-                    "하트" if row % 2 else "heart",
-                    row,
-                    1,
-                    page,
-                    found[0],
-                    found,
-                    [64, 64],
-                    [0, 0, 32, 32],
-                ]
-            )
-        write_csv(folder / "csv" / f"{split}.csv", written)
-    return folder
-
-
-def save_image(path, pixels):
-    Image.fromarray(pixels).save(path)
-
-
-def write_csv(path, rows, columns=COLUMNS):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
-
-
-def read_csv(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def tiny(tmp_path_factory):
+    return Tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def launch(
@@ -146,9 +70,10 @@ def launch(
     wandb=False,
     **environment,
 ):
-    """`accelerate launch` of a script of the repository, as a user would, but for wandb, whose service takes seconds to start.
+    """`accelerate launch` of a script of the repository, as a user would.
 
-    config: the name of one in accelerate_config, or a path. check: fail, with the output, unless it ends well.
+    config: the name of one in accelerate_config, or a path. check: fail, with the output, unless it
+    ends well. Without `wandb`, whose service takes seconds to start, nothing is sent to it.
     Returns the CompletedProcess, stdout and stderr in one text.
     """
     assert launch.is_for.get_closest_marker("slow"), "mark this test slow: it launches processes"
@@ -160,12 +85,10 @@ def launch(
         mixed_precision=mixed_precision,
         launch_flags=launch_flags,
     )
+    quiet = {} if wandb else {"WANDB_MODE": "disabled"}
     done = subprocess.run(
         command,
-        env=launch_environment()
-        | SIDE_BY_SIDE
-        | ({} if wandb else {"WANDB_MODE": "disabled"})
-        | environment,
+        env=launch_environment() | SIDE_BY_SIDE | quiet | environment,
         cwd=cwd or REPOSITORY,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -181,9 +104,8 @@ def refused(script, *arguments, **options):
     """A launch that must fail with one line: the line, with no traceback before it."""
     done = launch(script, *arguments, check=False, **options)
     assert done.returncode != 0
-    (message,) = re.findall(
-        r"^error: (.*)$", done.stdout, re.MULTILINE
-    )  # once, on however many processes
+    # Once, on however many processes.
+    (message,) = re.findall(r"^error: (.*)$", done.stdout, re.MULTILINE)
     assert "Traceback" not in done.stdout.split("error: ")[0]
     return message
 
@@ -201,7 +123,7 @@ def launch_command(
 
 
 def launch_environment():
-    """This one without what would change a launch, and with the programs of this Python, ninja and accelerate among them."""
+    """This one without what would change a launch, and with the programs of this Python."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -212,10 +134,8 @@ def launch_environment():
 
 def read_log(output_dir):
     """The lines of log.jsonl: (what the first says of the run, the others)."""
-    first, *lines = [
-        json.loads(line)
-        for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = (output_dir / "log.jsonl").read_text(encoding="utf-8")
+    first, *lines = [json.loads(line) for line in text.splitlines()]
     return first, lines
 
 

@@ -20,8 +20,8 @@ COLUMNS = [
 ]
 
 
-def make_tiny_model(folder):
-    """A folder with a model that computes next to nothing, and has dropout."""
+def make_tiny_model(folder, dropout=0.1):
+    """A folder with a model that computes next to nothing. dropout: of its hidden states."""
     backbone = {
         "model_type": "vit",
         "hidden_size": 16,
@@ -29,7 +29,7 @@ def make_tiny_model(folder):
         "num_attention_heads": 2,
         "intermediate_size": 32,
     }
-    backbone |= {"image_size": 16, "patch_size": 8, "hidden_dropout_prob": 0.1}
+    backbone |= {"image_size": 16, "patch_size": 8, "hidden_dropout_prob": dropout}
     config = DualEncoderConfig(
         backbone_config=backbone, feature_size=86, embedding_size=16, page_size=16, element_size=16
     )

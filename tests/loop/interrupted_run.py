@@ -1,8 +1,10 @@
-"""train.py, interrupted from inside at an exact moment.
+"""train.py, interrupted from inside at a named point.
 
-AT: which function, its how-manieth call, and on which process: "flush 3 0". WHAT: KILL ends every process and the launcher at
-once, DIE this process only, ORPHAN the launcher only; TERM and INT ask the launcher to end; FULL is a disk that is full just
-then.
+WHEN: "in update 6" (before its last micro-batch), "after update 19", "in the save of update 16",
+"in the save of best", "in the second evaluation". ON: the process, 0 where it is not said.
+WHAT: KILL ends every process and the launcher at once, DIE this process only, ORPHAN the launcher
+only. TERM and INT ask the launcher to end, or this process where there is none. FULL is a disk that
+is full just then.
 """
 
 import errno
@@ -20,16 +22,17 @@ from fsdp2_on_cpu import fsdp2_on_cpu
 
 import evaluate
 import train
-from runtime import checkpoint
-from runtime.launch import errors_in_one_line
+from runtime import checkpoint, launch
 
-PLACES = {"train_step": train, "flush": checkpoint, "stop_if_asked": evaluate}
-calls = 0
+state = None  # the TrainState, once training has begun
+doing = []  # the points that the run is at, the innermost last
+interrupted = False
 
 
 def interrupt():
     what = os.environ["WHAT"]
-    launcher = psutil.Process(os.getppid())
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    launcher = psutil.Process(os.getppid() if launched else os.getpid())
     print(f"interrupted at {time.time()}", flush=True)
     if what == "KILL":
         for process in (launcher, *launcher.children(recursive=True)):
@@ -40,9 +43,7 @@ def interrupt():
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "ORPHAN":
         launcher.kill()
-        while (
-            os.getppid() == launcher.pid
-        ):  # not wait(): it is gone only once whoever launched it, and reads to the end, looks
+        while os.getppid() == launcher.pid:  # not wait(): nobody may have read its status yet
             time.sleep(0.01)
     elif what == "FULL":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -51,20 +52,79 @@ def interrupt():
         time.sleep(1)  # until it has come to every process
 
 
-if os.environ.get("AT"):
-    place, number, rank = os.environ["AT"].split()
-    original = getattr(PLACES[place], place)
+def reached(point):
+    global interrupted
+    here = point == os.environ.get("WHEN") and os.environ.get("RANK", "0") == os.environ["ON"]
+    if here and not interrupted:
+        interrupted = True
+        interrupt()
 
-    def interrupted(*arguments):
-        global calls
-        calls += 1
-        if calls == int(number) and os.environ.get("RANK", "0") == rank:
-            interrupt()
-        return original(*arguments)
 
-    setattr(PLACES[place], place, interrupted)
+def around(place, name, point):
+    """While the function `name` of `place` runs, the run is at `point()`."""
+    original = getattr(place, name)
+
+    def surrounded(*arguments, **options):
+        doing.append(point())
+        try:
+            return original(*arguments, **options)
+        finally:
+            doing.pop()
+
+    setattr(place, name, surrounded)
+
+
+def before(place, name):
+    """Before each call of the function `name` of `place` the run has reached where it is."""
+    original = getattr(place, name)
+
+    def preceded(*arguments, **options):
+        if doing:
+            reached(doing[-1])
+        return original(*arguments, **options)
+
+    setattr(place, name, preceded)
+
+
+train_, train_step, maybe_log = train.train, train.train_step, train.maybe_log_save_evaluate
+
+
+def watched_train(*arguments):
+    global state
+    state = arguments[3]
+    return train_(*arguments)
+
+
+def watched_train_step(accelerator, model, batch):
+    if accelerator.sync_gradients:
+        reached(f"in update {state.step + 1}")
+    return train_step(accelerator, model, batch)
+
+
+def watched_maybe_log_save_evaluate(*arguments):
+    maybe_log(*arguments)
+    reached(f"after update {state.step}")
+
+
+def main():
+    os.environ.setdefault("ON", "0")
+    train.train, train.train_step = watched_train, watched_train_step
+    train.maybe_log_save_evaluate = watched_maybe_log_save_evaluate
+    for place in (train, evaluate):
+        around(place, "save_checkpoint", lambda: f"in the save of update {state.step}")
+    around(evaluate, "save_model", lambda: "in the save of best")
+    ordinals = ("first", "second", "third", "fourth")
+    around(
+        evaluate,
+        "run_evaluation",
+        lambda: f"in the {ordinals[len(state.evaluations)]} evaluation",
+    )
+    before(checkpoint, "flush")
+    before(launch, "stop_if_asked")
+    train.main()
+
 
 if __name__ == "__main__":
     fsdp2_on_cpu()
-    with errors_in_one_line():
-        train.main()
+    with launch.errors_in_one_line():
+        main()

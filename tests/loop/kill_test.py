@@ -1,8 +1,9 @@
-"""Kill runs of two processes at random moments, a third of them inside a save, and bring each to its end by the same command.
+"""Kill runs of two processes at random moments, a third of them inside a save.
 
     python tests/loop/kill_test.py --kills 60
 
-Every run must end with the bits of one that was not killed: losses, learning rates, metrics, weights, metric.csv, the log.
+The same command brings each to its end, and it must have the bits of one that was not killed: the
+log, the weights, the files.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import psutil
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from conftest import launch_command, launch_environment, make_tiny_model, write_data
+from conftest import Tiny, launch_command, launch_environment
 from test_resume import OPTIONS, assert_the_same_run
 
 KILLS_OF_A_RUN = 5
@@ -32,14 +33,12 @@ def main():
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        data, model = write_data(folder / "data"), make_tiny_model(folder / "model")
-        options = ["--data_dir", data, "--model_name_or_path", model, *OPTIONS, "--max_steps", 200]
+        tiny = Tiny(folder)
 
         def start(output_dir):
             with open(folder / "text", "w", encoding="utf-8") as text:
-                command = launch_command(
-                    "train.py", *options, "--output_dir", output_dir, config="cpu_2_processes"
-                )
+                flags = tiny.flags(output_dir, *OPTIONS, "--max_steps", 200, dropout=True)
+                command = launch_command("train.py", *flags, config="cpu_2_processes")
                 return subprocess.Popen(command, env=launch_environment(), stdout=text, stderr=text)
 
         assert start(folder / "whole").wait() == 0, (folder / "text").read_text()
@@ -55,33 +54,25 @@ def main():
             assert start(output_dir).wait() == 0, (folder / "text").read_text()
             assert_the_same_run(output_dir, folder / "whole", last=200)
             runs += 1
-            print(
-                f"{kills} kills, {inside} of them inside a save, {runs} of {runs} runs equal to the bit",
-                flush=True,
-            )
+            done = f"{kills} kills, {inside} of them inside a save"
+            print(f"{done}, {runs} of {runs} runs equal to the bit", flush=True)
 
 
 def kill_somewhere(process, output_dir, chance, wants_save):
-    """SIGKILL to the launcher and all below it. Whether a save was going on; None if the run had ended."""
-    unfinished = output_dir / "checkpoints"
-    training = output_dir / "wandb"
-    deadline = None
+    """SIGKILL to the launcher and all below it. Whether it was saving; None if it had ended."""
+    unfinished, log = output_dir / "checkpoints", output_dir / "log.jsonl"
+    began, deadline = time.time(), None
     while process.poll() is None:
-        if (
-            deadline is None
-            and training.exists()
-            and any(path.stat().st_mtime > time.time() - 2 for path in training.iterdir())
-        ):
+        # A run writes its log when training begins, or keeps the lines before the resumed step.
+        if deadline is None and log.exists() and log.stat().st_mtime > began:
             deadline = time.time() + chance.uniform(0.5, 6.0)
         saving = any(unfinished.glob(".step_*-unfinished"))
         if deadline is not None and time.time() > deadline and (saving or not wants_save):
             if wants_save:
                 time.sleep(chance.uniform(0, 0.02))
             saving = any(unfinished.glob(".step_*-unfinished"))
-            for each in (
-                *psutil.Process(process.pid).children(recursive=True),
-                psutil.Process(process.pid),
-            ):
+            launcher = psutil.Process(process.pid)
+            for each in (*launcher.children(recursive=True), launcher):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
             process.wait()

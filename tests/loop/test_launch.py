@@ -1,38 +1,25 @@
-"""Launches: each config as it stands, and those that accelerate would quietly make something else of."""
+"""Launches: each config as it stands, and those that accelerate would quietly change."""
 
 import re
 import subprocess
 from argparse import Namespace
 
 import pytest
-import yaml
-from conftest import (
-    REPOSITORY,
-    SIDE_BY_SIDE,
-    launch,
-    launch_environment,
-    read_log,
-    refused,
-    write_data,
-)
+from conftest import REPOSITORY, SIDE_BY_SIDE, column, launch, launch_environment, read_log, refused
 
 from runtime.launch import UserError, check_shared
 
 CONFIGS = sorted((REPOSITORY / "accelerate_config").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("launch") / "data")
+FEW = ["--max_steps", 2, "--per_device_train_batch_size", 8, "--report_to", "none"]
+FEW += ["--per_device_eval_batch_size", 4, "--logging_steps", 1]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_config_says_when_and_how(path):
     comment = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))[0]
     assert f"accelerate launch --config_file accelerate_config/{path.name} " in comment
-    assert path.stem in ("cpu", "cpu_2_processes", "single_gpu") or (
-        "Memory of" in comment and "Traffic of" in comment
-    )
+    if path.stem not in ("cpu", "cpu_2_processes", "single_gpu"):
+        assert "Memory of" in comment and "Traffic of" in comment
 
 
 @pytest.mark.slow
@@ -40,23 +27,17 @@ def test_each_config_says_when_and_how(path):
     ("config", "environment", "message"),
     [
         (None, {}, "several processes were asked for and one was started"),
-        (
-            "fsdp2",
-            {},
-            "the launch asks for FSDP, and accelerate made MULTI_CPU of it; it runs FSDP on GPUs only",
-        ),
-        (
-            "zero1",
-            {"ACCELERATE_USE_CPU": "true"},
+        ("fsdp2", {}, "accelerate made MULTI_CPU of it; it runs FSDP on GPUs only"),
+        pytest.param(
+            *("zero1", {"ACCELERATE_USE_CPU": "true"}),
             "the launch asks for DEEPSPEED, and accelerate made MULTI_CPU of it",
+            marks=pytest.mark.long,
         ),
     ],
 )
 def test_no_silent_fall_back(config, environment, message, tmp_path):
-    options = {"config": config, "processes": 2, "mixed_precision": "no"}
-    assert message in refused(
-        "train.py", "--output_dir", tmp_path / "output", **options, **environment
-    )
+    options = {"config": config, "processes": 2, "mixed_precision": "no"} | environment
+    assert message in refused("train.py", "--output_dir", tmp_path / "output", **options)
     assert not (tmp_path / "output").exists()
 
 
@@ -73,28 +54,20 @@ def test_machines_that_do_not_share_a_disk(tmp_path):
 @pytest.mark.slow
 @pytest.mark.long
 def test_fp16_needs_a_gpu(tmp_path):
-    assert "fp16 needs a GPU" in refused(
-        "train.py", "--output_dir", tmp_path / "output", mixed_precision="fp16", config=None
-    )
+    options = {"mixed_precision": "fp16", "config": None}
+    assert "fp16 needs a GPU" in refused("train.py", "--output_dir", tmp_path / "output", **options)
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_deepspeed_is_told_one_thing_only(tmp_path):
     config = (REPOSITORY / "accelerate_config" / "zero1.yaml").read_text(encoding="utf-8")
-    (tmp_path / "zero1.yaml").write_text(
-        config.replace("zero_stage: 1", "zero_stage: 1\n  gradient_clipping: 0.5")
-    )
-    assert (
-        yaml.safe_load((tmp_path / "zero1.yaml").read_text())["deepspeed_config"][
-            "gradient_clipping"
-        ]
-        == 0.5
-    )
+    stage = "zero_stage: 1"
+    assert stage in config
+    config = config.replace(stage, f"{stage}\n  gradient_clipping: 0.5")
+    (tmp_path / "zero1.yaml").write_text(config)
     message = refused(
-        "train.py",
-        "--output_dir",
-        tmp_path / "output",
+        *("train.py", "--output_dir", tmp_path / "output", "--max_grad_norm", 1.0),
         config=tmp_path / "zero1.yaml",
         mixed_precision="no",
     )
@@ -103,43 +76,48 @@ def test_deepspeed_is_told_one_thing_only(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_evaluate_is_not_for_deepspeed(tmp_path):
-    (tmp_path / "training_config.json").write_text(
-        '{"mixed_precision": "no", "per_device_eval_batch_size": 1}'
+def test_bf16_under_fsdp2(tiny, tmp_path):
+    """It would hand out losses in bfloat16, which has three digits."""
+    launch(
+        *("tests/loop/interrupted_run.py", *tiny.flags(tmp_path / "output", *FEW)),
+        config="fsdp2",
+        mixed_precision="bf16",
+        FSDP2_ON_CPU="1",
     )
-    message = refused("evaluate.py", "--model_dir", tmp_path, config="zero2", mixed_precision="no")
+    first, lines = read_log(tmp_path / "output")
+    assert first["mixed_precision"] == "bf16" and first["strategy"] == "FSDP"
+    losses = column(lines, "train/loss").values()
+    # Of 16 values in bfloat16 the mean would be a multiple of 2**-11 here.
+    assert len(losses) == 2 and not all(loss * 2**11 % 1 == 0 for loss in losses)
+
+
+@pytest.mark.slow
+def test_bf16_and_no_config_file(tiny, tmp_path):
+    """evaluate.py alone: the precision of the training, its data, and the number that was logged."""
+    options = {"config": None, "mixed_precision": "bf16"}
+    launch("train.py", *tiny.flags(tmp_path / "output", *FEW), **options)
+    first, lines = read_log(tmp_path / "output")
+    assert first["mixed_precision"] == "bf16" and list(column(lines, "train/loss")) == [1, 2]
+    best = tmp_path / "output" / "best"
+    done = launch("evaluate.py", "--model_dir", best, "--output_dir", tmp_path / "evaluation")
+    name = first["config"]["metric_for_best_model"]
+    printed = re.search(rf"^{re.escape(name)} +(\S+)$", done.stdout, re.MULTILINE)[1]
+    assert printed in [f"{value:.6f}" for value in column(lines, name).values()]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_evaluate_is_not_for_deepspeed(tiny, tmp_path):
+    launch("train.py", *tiny.flags(tmp_path / "output", *FEW))
+    options = {"config": "zero2", "mixed_precision": "no", "cwd": tmp_path}
+    message = refused("evaluate.py", "--model_dir", tmp_path / "output" / "best", **options)
     assert "to evaluate launch with cpu, single_gpu or multi_gpu.yaml" in message
 
 
 @pytest.mark.slow
-def test_bf16(data, tmp_path, tiny_model):
-    """Under FSDP2, which would else hand out scores and losses in bfloat16. Under one process tests/test_train.py has it."""
-    launch(
-        *("tests/loop/recorded_run.py", "--data_dir", data, "--output_dir", tmp_path / "output"),
-        *("--max_steps", 2, "--per_device_batch_size", 8, "--model_name_or_path", tiny_model),
-        config="fsdp2",
-        mixed_precision="bf16",
-        RECORD=str(tmp_path),
-        FSDP2_ON_CPU="1",
-    )
-    first, lines = read_log(tmp_path / "output")
-    assert first["mixed_precision"] == "bf16" and lines[-1]["step"] == 2
-    scores = re.findall(
-        r'"\[([^"]*)\]"',
-        (tmp_path / "output" / "metric.csv").read_text(encoding="utf-8").replace('""', "'"),
-    )
-    digits = [
-        value
-        for cell in scores
-        for value in cell.split(", ")
-        if re.fullmatch(r"-?0\.\d{7,}", value)
-    ]
-    assert len(digits) > 100  # bfloat16 has three
-
-
-@pytest.mark.slow
-def test_the_slurm_script(data, tmp_path, tiny_model):
-    """As Slurm would run it on two machines of one GPU each: srun starts the command on both, with its number."""
+@pytest.mark.long
+def test_the_slurm_script(tiny, tmp_path):
+    """As Slurm would run it on two machines of one GPU each: srun starts it on both."""
     for name, text in {
         "scontrol": "echo localhost; echo other",
         "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
@@ -148,26 +126,10 @@ def test_the_slurm_script(data, tmp_path, tiny_model):
         (tmp_path / name).chmod(0o755)
     environment = launch_environment() | SIDE_BY_SIDE
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
-    environment |= {
-        "SLURM_JOB_NODELIST": "two",
-        "SLURM_NNODES": "2",
-        "SLURM_GPUS_ON_NODE": "1",
-        "SLURM_JOB_ID": "4321",
-    }
-    options = [
-        "--data_dir",
-        data,
-        "--output_dir",
-        tmp_path / "output",
-        "--max_steps",
-        2,
-        "--per_device_batch_size",
-        8,
-    ]
-    options += ["--model_name_or_path", tiny_model]
+    environment |= {"SLURM_JOB_NODELIST": "two", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     done = subprocess.run(
-        ["bash", "accelerate_config/slurm.sbatch", *map(str, options)],
-        env=environment,
+        ["bash", "accelerate_config/slurm.sbatch", *tiny.flags(tmp_path / "output", *FEW)],
+        env=environment | {"SLURM_JOB_ID": "4321"},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -175,4 +137,13 @@ def test_the_slurm_script(data, tmp_path, tiny_model):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     first, lines = read_log(tmp_path / "output")
-    assert (first["processes"], first["strategy"], lines[-1]["step"]) == (2, "MULTI_CPU", 2)
+    assert (first["processes"], first["strategy"]) == (2, "MULTI_CPU") and lines[-1]["step"] == 2
+
+
+# ---- what is refused before any training
+
+
+@pytest.mark.slow
+def test_what_is_refused_is_one_line(tiny, tmp_path):
+    flags = tiny.flags(tmp_path / "output", "--model_name_or_path", "/nowhere")
+    assert "--model_name_or_path /nowhere: " in refused("train.py", *flags)

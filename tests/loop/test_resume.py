@@ -1,9 +1,14 @@
-"""Runs that are killed, asked to end, or cannot save, and that the same command brings to the end they would have had."""
+"""Runs that are killed, asked to end, or cannot save: the same command brings each to its end.
+
+All with dropout, accumulation and a DataLoader worker, on two processes.
+"""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,16 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    REPOSITORY,
-    SIDE_BY_SIDE,
-    column,
-    launch,
-    launch_environment,
-    read_log,
-    write_data,
-)
-from safetensors.torch import load_file
+import wandb_file
+from conftest import REPOSITORY, SIDE_BY_SIDE, column, launch, launch_environment, read_log
+from safetensors.torch import load_file, save_file
 
 import train
 from runtime.checkpoint import (
@@ -31,52 +29,23 @@ from runtime.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
-from runtime.launch import UserError
+from runtime.launch import UserError, errors_in_one_line
 
-OPTIONS = [
-    "--max_steps",
-    20,
-    "--save_every",
-    4,
-    "--eval_every",
-    7,
-    "--log_every",
-    3,
-    "--num_negatives",
-    3,
-    "--num_workers",
-    1,
-]
-OPTIONS += [
-    "--per_device_batch_size",
-    2,
-    "--gradient_accumulation_steps",
-    2,
-    "--learning_rate",
-    1e-2,
-    "--save_total_limit",
-    3,
-]
-OPTIONS += ["--per_device_eval_batch_size", 4]
-
-
-ALONE = Namespace(
-    process_index=0, num_processes=1, print=print
-)  # all of an Accelerator that checking a checkpoint takes
+OPTIONS = ["--max_steps", 20, "--save_steps", 4, "--eval_steps", 7, "--logging_steps", 3]
+OPTIONS += ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
+OPTIONS += ["--learning_rate", 1e-3, "--save_total_limit", 3, "--per_device_eval_batch_size", 4]
+OPTIONS += ["--dataloader_num_workers", 1]
+# On one process, at the same global batch.
+ALONE = ["--gradient_accumulation_steps", 4, "--dataloader_num_workers", 0]
+# All of an Accelerator that checking a checkpoint takes.
+READER = Namespace(process_index=0, num_processes=1, print=print)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("resume") / "data")
-
-
-@pytest.fixture(scope="module")
-def start(data, tiny_model):
-    """Launches the run, with dropout, accumulation and a DataLoader worker, on two processes."""
-
-    def start(output_dir, *arguments, at=None, what=None, **options):
-        arguments = flags(data, tiny_model, output_dir, *arguments)
-        environment = {"AT": at, "WHAT": what} if at else {}
+def start(tiny):
+    def start(output_dir, *arguments, when=None, what=None, on=0, **options):
+        arguments = tiny.flags(output_dir, *OPTIONS, *arguments, dropout=True)
+        environment = {"WHEN": when, "WHAT": what, "ON": str(on)} if when else {}
         options = {"config": "cpu_2_processes", "check": False} | options
         return launch("tests/loop/interrupted_run.py", *arguments, **options, **environment)
 
@@ -84,217 +53,242 @@ def start(data, tiny_model):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(start, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted") / "output"
-    done = start(folder)
-    assert done.returncode == 0, done.stdout
+def whole(start, tmp_path_factory):
+    """The output of a run that was not interrupted. wandb logs it offline."""
+    folder = tmp_path_factory.mktemp("whole") / "output"
+    done = start(folder, wandb=True)
+    assert done.returncode == 0 and "wandb sync" in done.stdout, done.stdout
     return folder
 
 
-def flags(data, model, output_dir, *others):
-    return [
-        str(word)
-        for word in (
-            "--data_dir",
-            data,
-            "--model_name_or_path",
-            model,
-            "--output_dir",
-            output_dir,
-            *OPTIONS,
-            *others,
+@pytest.fixture
+def run_alone(tiny, monkeypatch):
+    """train.py's main in this process, with flags over those of `start`."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run_alone(output_dir, *flags):
+        flags = tiny.flags(
+            output_dir, *OPTIONS, *ALONE, "--report_to", "none", *flags, dropout=True
         )
-    ]
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        try:
+            train.main()
+        except SystemExit as ended:
+            assert not ended.code
+
+    yield run_alone
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file()}
 
 
-def assert_the_same_run(folder, uninterrupted, last=20):
-    ours, theirs = read_log(folder)[1], read_log(uninterrupted)[1]
+def assert_same_weights(folder, other):
+    ours, theirs = (load_file(each / "model.safetensors") for each in (folder, other))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def reports(folder):
+    """{name: content} of what evaluations left, if anything."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != "log.jsonl"]
+    return {path.name: path.read_bytes() for path in files if path.suffix != ".yaml"}
+
+
+def assert_the_same_run(folder, whole, last=20):
+    ours, theirs = read_log(folder)[1], read_log(whole)[1]
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]  # each step once
-    for line, expected in zip(ours, theirs, strict=True):
-        for name in expected:
-            assert name == "train/samples_per_second" or line[name] == expected[name], (
-                line["step"],
-                name,
-            )
+    for line in (*ours, *theirs):
+        line.pop("train/samples_per_second", None)
+    assert ours == theirs
     for path in ("best", f"checkpoints/step_{last:08d}"):
-        weights, expected = (
-            load_file(each / path / "model.safetensors") for each in (folder, uninterrupted)
-        )
-        assert weights.keys() == expected.keys() and all(
-            weights[name].equal(expected[name]) for name in expected
-        )
-    assert (folder / "metric.csv").read_bytes() == (uninterrupted / "metric.csv").read_bytes()
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
-        path.name for path in (uninterrupted / "checkpoints").iterdir()
-    }
+        assert_same_weights(folder / path, whole / path)
+    assert reports(folder) == reports(whole)
+
+
+# ---- what a run leaves
 
 
 @pytest.mark.slow
-def test_interrupted_again_and_again(start, uninterrupted, tmp_path):
-    """Killed in saves; asked to end in the middle of an accumulation window, in an evaluation and in a save: the run ends with
-    the bits of the one that was not interrupted."""
-    folder = tmp_path / "output"
-    interruptions = [
-        ("flush 3 0", "KILL", None),  # while best/ is saved, before the first checkpoint
-        ("train_step 11 0", "TERM", [4, 6]),  # in the middle of update 6
-        (
-            "stop_if_asked 3 1",
-            "INT",
-            [4, 6, 7],
-        ),  # in the evaluation after update 7, which is to be done again
-        ("flush 2 1", "KILL", None),  # in the save of update 8
-        ("flush 2 1", "TERM", [6, 7, 8]),  # in the same save, which is finished first
-    ]
-    for at, what, left in interruptions:
-        done = start(folder, at=at, what=what)
-        assert done.returncode != 0 and "interrupted at" in done.stdout, done.stdout
-        if left:
-            assert f"stopped, as asked, after update {left[-1]}" in done.stdout, done.stdout
-            assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
-                f"step_{step:08d}" for step in left
-            ]
-    done = start(folder)
-    assert done.returncode == 0 and "going on from update 8 of 20" in done.stdout, done.stdout
-    assert_the_same_run(folder, uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_finished_run_is_left_as_it_is(uninterrupted, data, tiny_model, monkeypatch, capsys):
-    before = contents(uninterrupted)
-    # On one process, at the same global batch.
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["train.py", *flags(data, tiny_model, uninterrupted, "--gradient_accumulation_steps", 4)],
+def test_what_a_run_leaves(whole):
+    names = {path.name for path in (whole / "checkpoints").iterdir()}
+    assert names == {"step_00000012", "step_00000016", "step_00000020"}
+    model = {"config.json", "model.safetensors", "training_config.json"}
+    assert {path.name for path in (whole / "best").iterdir()} >= model
+    checkpoint = {path.name for path in (whole / "checkpoints" / "step_00000020").iterdir()}
+    assert checkpoint >= model | {"training_state", "run.json", "manifest.json"}
+    assert not list(whole.glob("**/.*"))  # nothing unfinished
+    first, lines = read_log(whole)
+    assert first["processes"] == 2 and first["versions"]["torch"] == torch.__version__
+    assert first["git_commit"] is None or re.fullmatch(
+        r"[0-9a-f]{40}(-dirty)?", first["git_commit"]
     )
-    train.main()
-    assert "holds a run that is finished (20 updates)" in capsys.readouterr().out
-    assert before == contents(uninterrupted)
+    evaluated = list(column(lines, first["config"]["metric_for_best_model"]))
+    assert evaluated == [0, 7, 14, 20]
+    logged = [3, 6, 7, 9, 12, 14, 15, 18, 20]
+    assert [line["step"] for line in lines] == [0, *logged]
+    for name in ("loss", "grad_norm", "learning_rate", "samples_per_second"):
+        assert list(column(lines, f"train/{name}")) == logged
 
 
 @pytest.mark.slow
-def test_a_run_stopped_in_its_last_evaluation_does_it_again(
-    uninterrupted, data, tiny_model, tmp_path, monkeypatch, capsys
-):
+def test_wandb_offline_holds_what_log_jsonl_holds(whole):
+    (path,) = (whole / "wandb").glob("offline-run-*/run-*.wandb")  # one run, of process 0
+    history, config = wandb_file.read(path)
+    first, lines = read_log(whole)
+    assert list(history) == [line["step"] for line in lines]
+    for line in lines:  # the pictures of an evaluation belong to the same point
+        logged = {name: value for name, value in line.items() if name != "step"}
+        assert logged.items() <= history[line["step"]].items()
+    for name in ("config", "versions", "git_commit", "processes"):
+        assert config[name] == first[name]
+
+
+# ---- interrupted
+
+
+STOPPED = "stopped after update {}"
+INTERRUPTIONS = [  # when, what, on which process, the checkpoints that are there then, what is said
+    # One process that dies ends the others.
+    ("in update 3", "DIE", 1, [], "another process ended"),
+    # As after SIGUSR1 or SIGKILL to `accelerate launch`: they save, and end by themselves.
+    ("in update 6", "ORPHAN", 0, [4, 6], STOPPED),
+    ("in the second evaluation", "INT", 1, [4, 6, 7], STOPPED),  # it will be done again
+    ("in the save of update 8", "FULL", 0, [4, 6, 7], "error: the checkpoint of update 8 could"),
+    ("in the save of update 16", "KILL", 1, [7, 8, 12], ""),
+    ("after update 19", "TERM", 0, [12, 16, 19], STOPPED),
+]
+
+
+def interrupt(start, folder, when, what, on, left, said, **options):
+    done = start(folder, "--report_to", "none", when=when, what=what, on=on, **options)
+    at = float(re.search(r"interrupted at (\S+)", done.stdout)[1])
+    assert done.returncode != 0 and time.time() - at < 60
+    names = sorted(path.name for path in folder.glob("checkpoints/step_*"))
+    assert names == [f"step_{step:08d}" for step in left], when
+    before, mark, _ = done.stdout.partition(said.format(left[-1]) if left else said)
+    assert mark == said.format(*left[-1:]) and (what == "INT" or "Traceback" not in before)
+    assert done.stdout.count(mark) == 1 or not mark  # once, on however many processes
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_interrupted_again_and_again(start, whole, tmp_path):
+    """The run ends with the bits of the one that was not interrupted."""
     folder = tmp_path / "output"
-    shutil.copytree(uninterrupted, folder)
-    checkpoint = folder / "checkpoints" / "step_00000020"
-    manifest, run = read_checkpoint(checkpoint)
-    (checkpoint / "run.json").write_text(json.dumps(run | {"done": False}))
-    manifest["files"]["run.json"] = describe_file(checkpoint / "run.json")
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["train.py", *flags(data, tiny_model, folder, "--gradient_accumulation_steps", 4)],
-    )
-    train.main()
-    assert "going on from update 20 of 20" in capsys.readouterr().out
-    ours, theirs = (read_log(each)[1][-1] for each in (folder, uninterrupted))
-    assert {
-        name: ours[name] for name in theirs if not name.startswith("train/")
-    }.items() <= theirs.items()
-    assert (folder / "metric.csv").read_bytes() == (uninterrupted / "metric.csv").read_bytes()
-    train.main()
-    assert "holds a run that is finished (20 updates)" in capsys.readouterr().out
+    for interruption in INTERRUPTIONS:
+        text = interrupt(start, folder, *interruption)
+        if "FULL" in interruption:
+            assert "No space left on device" in text and "Safe: step_00000007" in text
+    done = start(folder, "--report_to", "none")
+    assert done.returncode == 0 and "resuming after update 19" in done.stdout, done.stdout
+    assert_the_same_run(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_interrupted_in_other_saves(start, whole, tmp_path):
+    folder = tmp_path / "output"
+    interrupt(start, folder, "in the save of best", "KILL", 0, [], "")
+    # The save that was begun is finished first.
+    interrupt(start, folder, "in the save of update 8", "TERM", 1, [4, 8], STOPPED)
+    assert start(folder, "--report_to", "none").returncode == 0
+    assert_the_same_run(folder, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["zero3", "fsdp2"])
-def test_every_strategy_goes_on(config, start, tmp_path):
-    """Whose processes each hold a part of weights and optimizer."""
-    options = {
-        "config": config,
-        "mixed_precision": "no",
-        "FSDP2_ON_CPU": "1" if config == "fsdp2" else "",
-    }
+def test_every_strategy_resumes(config, start, tmp_path):
+    """Their processes each hold a part of weights and optimizer."""
+    options = {"config": config, "mixed_precision": "no"}
+    options |= {"FSDP2_ON_CPU": "1"} if config == "fsdp2" else {}
     assert start(tmp_path / "one", **options).returncode == 0
-    done = start(
-        tmp_path / "two", at="train_step 21 0", what="TERM", **options
-    )  # in the middle of update 11
-    assert "stopped, as asked, after update 11" in done.stdout, done.stdout
+    done = start(tmp_path / "two", when="in update 11", what="TERM", **options)
+    assert "stopped after update 11" in done.stdout, done.stdout
     assert start(tmp_path / "two", **options).returncode == 0
     assert_the_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
-def test_one_process_that_dies_ends_the_others(start, tmp_path):
-    done = start(tmp_path / "output", at="train_step 9 1", what="DIE")
-    died = float(re.search(r"interrupted at (\S+)", done.stdout)[1])
-    assert done.returncode != 0 and time.time() - died < 60
-    assert (
-        done.stdout.count("another process ended") == 1
-        and "Traceback" not in done.stdout.split("another process")[0]
-    )
-
-
-@pytest.mark.slow
-def test_processes_without_a_launcher_end(start, tmp_path):
-    """As after SIGUSR1 or SIGKILL to `accelerate launch`: they save, and end by themselves."""
-    done = start(
-        tmp_path / "output", at="train_step 11 0", what="ORPHAN"
-    )  # returns once the last of them is gone
-    assert "stopped, as asked, after update 6" in done.stdout, done.stdout
-    assert newest_checkpoint(ALONE, tmp_path / "output" / "checkpoints").name == "step_00000006"
-
-
-@pytest.mark.slow
-def test_a_shell_that_ends_leaves_the_run_alone(data, tiny_model, tmp_path):
+def test_a_shell_that_ends_leaves_the_run_alone(tiny, tmp_path):
     """As after `nohup python train.py &` and a log-out."""
-    arguments = flags(
-        data, tiny_model, tmp_path / "output", "--report_to", "none", "--max_steps", 60
-    )
+    arguments = tiny.flags(tmp_path / "output", *OPTIONS, "--report_to", "none", "--max_steps", 60)
     program = shlex.join([sys.executable, str(REPOSITORY / "train.py"), *arguments])
     # The shell is there until training has begun, and gone long before it is at its end.
-    shell = f"{program} > log 2>&1 & while kill -0 $! && ! grep -q '^update  *0 ' log; do sleep 0.1; done"
-    subprocess.run(
-        shell, shell=True, cwd=tmp_path, env=launch_environment() | SIDE_BY_SIDE, check=True
-    )
+    wait = "while kill -0 $! && ! grep -q '^update  *0 ' log; do sleep 0.1; done"
+    environment = launch_environment() | SIDE_BY_SIDE
+    shell = f"{program} > log 2>&1 & {wait}"
+    subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, check=True)
     for _ in range(600):
         log = (tmp_path / "log").read_text()
-        if "to evaluate it again" in log or "stopped, as asked" in log or "Error" in log:
+        if "to evaluate:" in log or "stopped after" in log or "Error" in log:
             break
         time.sleep(0.2)
-    assert "60 updates of 4 rows" in log, log
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "it ran",)
-
-    accelerator = train.make_accelerator()
-    model = torch.nn.Linear(2, 2)
-    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-    accelerator.save_state(tmp_path / "training_state")
-    load_training_state(accelerator, tmp_path)
-    torch.save(Code(), tmp_path / "training_state" / "random_states_0.pkl")
-    load_training_state(
-        accelerator, tmp_path
-    )  # accelerate leaves the random states as they are then
-    torch.save(Code(), tmp_path / "training_state" / "optimizer.bin")
-    with pytest.raises(UserError, match="holds something else than numbers"):
-        load_training_state(accelerator, tmp_path)
-    accelerator.free_memory()
-    assert not (tmp_path / "it ran").exists()
+    assert "60 updates of 4 rows" in log and "to evaluate:" in log, log
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full(start, tmp_path):
-    folder = tmp_path / "output"
-    done = start(folder, at="flush 20 0", what="FULL")  # in the save of update 8
-    (message,) = re.findall("^error: (.*)$", done.stdout, re.MULTILINE)
-    assert (
-        "checkpoint of update 8 could not be written" in message
-        and "No space left on device" in message
+@pytest.mark.parametrize(("what", "status"), [("INT", 130), ("TERM", 143)])
+def test_the_exit_status_says_which_signal(what, status, tiny, tmp_path):
+    arguments = tiny.flags(tmp_path / "output", *OPTIONS, "--report_to", "none")
+    environment = launch_environment() | SIDE_BY_SIDE | {"WHEN": "in update 2", "WHAT": what}
+    program = REPOSITORY / "tests" / "loop" / "interrupted_run.py"
+    done = subprocess.run(
+        [sys.executable, program, *arguments], env=environment, capture_output=True, text=True
     )
-    assert "Safe: step_00000004" in message and "Traceback" not in done.stdout.split("error: ")[0]
-    assert newest_checkpoint(ALONE, folder / "checkpoints").name == "step_00000004"
+    assert done.returncode == status and "stopped after update 2" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "status"), [(["--nonsense", "1"], 2), (["--per_device_train_batch_size", "9999"], 1)]
+)
+def test_the_exit_status_says_what_was_wrong(flags, status, run_alone, tmp_path, monkeypatch):
+    def ended(status):
+        raise SystemExit(f"status {status}")
+
+    monkeypatch.setattr(os, "_exit", ended)
+    with pytest.raises(SystemExit, match=f"status {status}"), errors_in_one_line():
+        run_alone(tmp_path / "output", *flags)
+
+
+# ---- which checkpoint, and whether the run may resume from it
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_as_it_is(whole, run_alone, capsys):
+    before = contents(whole)
+    run_alone(whole)
+    assert "holds a finished run" in capsys.readouterr().out and before == contents(whole)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_its_last_evaluation_does_it_again(whole, run_alone, tmp_path, capsys):
+    folder = tmp_path / "output"
+    shutil.copytree(whole, folder)
+    checkpoint = folder / "checkpoints" / "step_00000020"
+    manifest, run = read_checkpoint(checkpoint)
+    (checkpoint / "run.json").write_text(json.dumps(run | {"done": False}))
+    manifest["files"]["run.json"] = describe_file(checkpoint / "run.json")
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    run_alone(folder)
+    assert "resuming after update 20" in capsys.readouterr().out
+    ours, theirs = (read_log(each)[1][-1] for each in (folder, whole))
+    evaluation = {name: ours[name] for name in theirs if not name.startswith("train/")}
+    assert evaluation.items() <= theirs.items()
+    # curves.png is drawn from the log, and the last training line is not there: its losses were.
+    ours, theirs = (reports(each) | {"curves.png": b""} for each in (folder, whole))
+    assert ours == theirs
+    run_alone(folder)
+    assert "holds a finished run" in capsys.readouterr().out
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 DAMAGES = {
@@ -306,76 +300,105 @@ DAMAGES = {
         folder / "training_state" / "random_states_1.pkl"
     ).unlink(),
     "an empty file": lambda folder: (folder / "run.json").write_bytes(b""),
-    "an empty manifest": lambda folder: (folder / "manifest.json").write_bytes(b""),
-    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "an empty manifest": lambda folder: (folder / MANIFEST).write_bytes(b""),
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
 }
 
 
-def flip_a_byte(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, capsys):
-    for number, (damage, apply) in enumerate(DAMAGES.items()):
-        folder = tmp_path / str(number)
-        shutil.copytree(uninterrupted / "checkpoints", folder)
+def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, capsys):
+    for damage, apply in DAMAGES.items():
+        folder = tmp_path / damage
+        shutil.copytree(whole / "checkpoints", folder)
         (folder / ".step_00000024-unfinished").mkdir()
         apply(folder / "step_00000020")
-        assert newest_checkpoint(ALONE, folder).name == "step_00000016", damage
+        assert newest_checkpoint(READER, folder).name == "step_00000016", damage
         assert "step_00000020 is damaged, so it is passed over" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_going_on_with_another_number_of_processes(start, uninterrupted, tmp_path):
-    """At the same global batch: the same rows in the same order. The damaged checkpoint is replaced."""
+def test_resuming_on_one_process_without_the_base_model(start, whole, tmp_path):
+    """The same rows in the same order. A damaged checkpoint is replaced."""
     folder = tmp_path / "output"
-    shutil.copytree(uninterrupted, folder)
+    shutil.copytree(whole, folder)
     (folder / "checkpoints" / "step_00000020" / "run.json").write_text("{}")
-    done = start(folder, "--gradient_accumulation_steps", 4, config="cpu")
-    assert done.returncode == 0 and "going on from update 16 of 20" in done.stdout, done.stdout
-    assert newest_checkpoint(ALONE, folder / "checkpoints").name == "step_00000020"
-    ours, theirs = (column(read_log(each)[1], "train/loss") for each in (folder, uninterrupted))
-    assert ours == pytest.approx(theirs, rel=0.05)  # but for the dropout, which is another one
-    assert column(read_log(folder)[1], "train/learning_rate") == column(
-        read_log(uninterrupted)[1], "train/learning_rate"
-    )
+    flags = [*ALONE, "--report_to", "none", "--model_name_or_path", tmp_path / "deleted"]
+    done = start(folder, *flags, config="cpu")
+    assert done.returncode == 0 and "resuming after update 16" in done.stdout, done.stdout
+    assert newest_checkpoint(READER, folder / "checkpoints").name == "step_00000020"
+    ours, theirs = (read_log(each)[1] for each in (folder, whole))
+    # But for the dropout, which is another one.
+    losses = column(theirs, "train/loss")
+    assert column(ours, "train/loss") == pytest.approx(losses, rel=0.1)
+    rates = [column(lines, "train/learning_rate") for lines in (ours, theirs)]
+    assert rates[0] == rates[1]
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_going_on_in_another_folder(start, uninterrupted, tmp_path):
+def test_resuming_in_another_folder(start, whole, tmp_path):
     folder = tmp_path / "output"
-    done = start(folder, "--resume", uninterrupted / "checkpoints" / "step_00000016")
-    assert done.returncode == 0 and "going on from update 16 of 20" in done.stdout, done.stdout
-    assert [line["step"] for line in read_log(folder)[1]] == [18, 20] and (folder / "best").is_dir()
-    assert read_log(folder)[1][-1]["eval/loss"] == read_log(uninterrupted)[1][-1]["eval/loss"]
+    done = start(folder, "--resume_from_checkpoint", whole / "checkpoints" / "step_00000016")
+    assert done.returncode == 0 and "resuming after update 16" in done.stdout, done.stdout
+    lines = read_log(folder)[1]
+    assert [line["step"] for line in lines] == [18, 20] and (folder / "best").is_dir()
+    for line in (lines[-1], theirs := read_log(whole)[1][-1]):
+        line.pop("train/samples_per_second")
+    assert lines[-1] == theirs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("flags", "message"),
     [
-        (["--per_device_batch_size", "8"], "global_batch_size was 8, is 32"),
+        (["--per_device_train_batch_size", "8"], "global_batch_size was 8, is 32"),
         (
-            ["--seed", "1", "--warmup_ratio", "0.5"],
-            "warmup_ratio was 0.1, is 0.5; seed was 0, is 1",
+            ["--seed", "1", "--weight_decay", "0.5"],
+            r"weight_decay was .*, is 0.5; seed was 0, is 1",
         ),
-        (["--resume", "never"], "holds a run already"),
-        (["--resume", "nowhere"], "--resume nowhere: no checkpoint is there"),
+        (["--resume_from_checkpoint", "never"], "holds a run already"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere: no checkpoint is there"),
     ],
 )
-def test_a_folder_of_another_run_is_refused(arguments, message, uninterrupted, data, tiny_model):
-    before = contents(uninterrupted)
-    config = train.read_config(
-        flags(data, tiny_model, uninterrupted, "--gradient_accumulation_steps", 4, *arguments)
-    )
-    accelerator = train.make_accelerator()
-    model = train.load_model(tiny_model)
-    datasets = train.read_datasets(config, model, ("train", "eval", "test_vocabulary"))
+def test_a_folder_of_another_run_is_refused(flags, message, whole, run_alone):
+    before = contents(whole)
     with pytest.raises(UserError, match=message):
-        train.make_output_dir(accelerator, config)
-        train.find_checkpoint(accelerator, config, train.make_state(accelerator, config, datasets))
-    assert before == contents(uninterrupted)
+        run_alone(whole, *flags)
+    assert before == contents(whole)
+
+
+@pytest.mark.slow
+def test_another_base_model_is_refused(whole, run_alone, tiny, tmp_path, capsys):
+    """It counts by what is in it, not by where it lies."""
+    before = contents(whole)
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny.dropout, moved)
+    run_alone(whole, "--model_name_or_path", moved)
+    assert "holds a finished run" in capsys.readouterr().out
+    weights = load_file(moved / "model.safetensors")
+    name = min(weights)
+    save_file(weights | {name: weights[name] + 1}, moved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="model was .*, is "):
+        run_alone(whole, "--model_name_or_path", moved)
+    shutil.rmtree(moved)
+    run_alone(whole, "--model_name_or_path", moved)  # gone: the checkpoint has all of it
+    assert "holds a finished run" in capsys.readouterr().out and before == contents(whole)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it ran",)
+
+    accelerator = train.launch.make_accelerator()
+    model = torch.nn.Linear(2, 2)
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    accelerator.save_state(tmp_path / "training_state")
+    load_training_state(accelerator, tmp_path)
+    torch.save(Code(), tmp_path / "training_state" / "random_states_0.pkl")
+    load_training_state(accelerator, tmp_path)  # accelerate leaves the random states as they are
+    torch.save(Code(), tmp_path / "training_state" / "optimizer.bin")
+    with pytest.raises(UserError, match="holds something else than numbers"):
+        load_training_state(accelerator, tmp_path)
+    accelerator.free_memory()
+    assert not (tmp_path / "it ran").exists()

@@ -1,0 +1,91 @@
+"""The names of runtime/ that the top calls. A newer runtime/ in an older copy must have them all."""
+
+import ast
+import importlib
+import inspect
+
+import pytest
+from conftest import REPOSITORY
+
+from runtime.resume import TrainState
+
+SIGNATURES = """
+launch.UserError
+launch.make_accelerator(max_grad_norm=0.0, **kwargs)
+launch.refuse_sharded_weights(accelerator)
+launch.make_writable(folder)
+launch.option_named(option)
+launch.watch_for_stop(accelerator)
+launch.stop_if_asked()
+launch.Stopped(signal_number)
+launch.finish(accelerator)
+launch.errors_in_one_line()
+launch.refuse_hidden_library()
+batches.Key(index, epoch=0, weight=1.0)
+batches.index_and_weight(keys)
+batches.make_train_dataloader(accelerator, dataset, state, config)
+batches.make_dataloader(accelerator, dataset, config, **sampling)
+batches.evaluation_batches(groups, batch_size, num_processes)
+checkpoint.hash_model(accelerator, model_name_or_path)
+checkpoint.load_training_state(accelerator, checkpoint)
+checkpoint.save_checkpoint(accelerator, model, state, output_dir, total_limit)
+checkpoint.save_model(accelerator, model, folder, training_config)
+checkpoint.read_training_config(model_dir, needed)
+evaluation.check_outputs(outputs, num_items, *needed)
+evaluation.check_metrics(metrics)
+evaluation.evaluation_mode(model)
+evaluation.gather_items(accelerator, indices, outputs, dataset)
+evaluation.make_prediction(predictions, dataset)
+evaluation.mean_loss(losses, dataset)
+resume.collect_losses(accelerator, state)
+resume.find_checkpoint(accelerator, output_dir, resume_from_checkpoint)
+resume.make_output_dir(accelerator, output_dir, resume_from_checkpoint)
+resume.make_state(accelerator, config, train_dataset, depends_on)
+resume.resume(accelerator, state, checkpoint, output_dir)
+resume.training_metrics(state)
+tracking.make_trackers(report_to, output_dir)
+tracking.start_trackers(accelerator, config, state, datasets)
+tracking.start_progress(accelerator, state)
+tracking.show(accelerator, state, values)
+tracking.write_report(accelerator, name, evaluation, prediction, folder, step)
+tracking.closing_table(state, config)
+options.option(default, text, *, heading='', at_least=0, check=None, changes_no_number=False)
+options.setting(default, text, *, heading='', at_least=0, check=None, changes_no_number=True)
+options.read_options(kind, arguments)
+""".strip().splitlines()
+STATE = "step done num_updates finished is_due evaluations best_step best_value window grad_norm"
+STATE += " learning_rate progress training_config window_began"
+
+
+def find(dotted):
+    module, name = dotted.split(".")
+    return getattr(importlib.import_module(f"runtime.{module}"), name)
+
+
+@pytest.mark.parametrize("line", SIGNATURES, ids=lambda line: line.partition("(")[0])
+def test_a_name_that_the_top_calls(line):
+    name, bracket, _ = line.partition("(")
+    found = find(name)
+    if bracket:
+        signature = inspect.signature(found)
+        parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        plain = signature.replace(parameters=parameters, return_annotation=signature.empty)
+        assert f"{name}{plain}" == line
+
+
+def test_the_state_that_the_top_reads():
+    fields = {*TrainState.__dataclass_fields__, *vars(TrainState)}
+    assert set(STATE.split()) <= fields
+
+
+@pytest.mark.parametrize("file", ["train.py", "evaluate.py"])
+def test_the_top_calls_no_other_name(file):
+    used = set()
+    for node in ast.walk(ast.parse((REPOSITORY / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("runtime."):
+            used |= {f"{node.module.removeprefix('runtime.')}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used |= {f"launch.{node.attr}"} if node.value.id == "launch" else set()
+            if node.value.id == "state":
+                assert node.attr in STATE.split()
+    assert used and used <= {line.partition("(")[0] for line in SIGNATURES}
