@@ -181,7 +181,7 @@ def what_instead(name: str, kind) -> str:
             return what
     from transformers import TrainingArguments  # here: it takes a second, for a slip alone
 
-    if name in TrainingArguments.__dataclass_fields__:
+    if name not in ours and name in TrainingArguments.__dataclass_fields__:
         return "a Trainer option that is not here: edit the loop"
     closest = difflib.get_close_matches(name, ours, 1)
     return "there is no such option" + "".join(f", is it --{near}?" for near in closest)
