@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from model import rerank_scores
@@ -125,6 +124,13 @@ class Table:
     def candidates(self, row):
         """The elements of one row: int32 (its candidates,)."""
         return self.listed[self.starts[self.lists[row]] : self.starts[self.lists[row] + 1]]
+
+    def padded_candidates(self):
+        """The elements of all rows: int32 (N, C), padded with -1."""
+        lengths = np.diff(self.starts)  # (L,)
+        padded = np.full((len(lengths), lengths.max()), -1, dtype=np.int32)  # (L, C)
+        padded[np.arange(padded.shape[1]) < lengths[:, None]] = self.listed
+        return padded[self.lists]
 
     def name_row(self, row):
         return f"{self.path}, row {self.numbers[row]}"
@@ -441,8 +447,9 @@ class RerankDataset(Dataset):
         self.table, self.pages, self.elements, self.data_dir = table, pages, elements, data_dir
         self.path, self.counts, self.positions = table.path, table.counts, table.positions
         self.labels, self.name_row = table.labels, table.name_row
-        self.element_ids, listed = np.unique(table.listed, return_inverse=True)
-        self.page_ids, shown = np.unique(table.queries, return_inverse=True)
+        candidates = table.padded_candidates()  # (N, C)
+        self.element_ids = np.unique(table.listed)
+        self.page_ids = np.unique(table.queries)
         self.image_ids = np.concatenate([self.element_ids, self.page_ids])  # (M,), of each item
         self.item_weights = np.ones(len(self))
         first_page = len(self.element_ids)
@@ -453,10 +460,9 @@ class RerankDataset(Dataset):
             (range(first_page, len(self)), 1),
         ]
         # What `score` takes: items, int64 (N,) and (N, C), padded with -1.
-        self.queries = torch.from_numpy(first_page + shown)
-        lists = torch.from_numpy(listed).split(np.diff(table.starts).tolist())  # L of them
-        padded = pad_sequence(list(lists), batch_first=True, padding_value=-1)  # (L, C)
-        self.candidates = padded[table.lists]
+        self.queries = torch.from_numpy(first_page + np.searchsorted(self.page_ids, table.queries))
+        columns = np.searchsorted(self.element_ids, candidates)
+        self.candidates = torch.from_numpy(np.where(candidates < 0, -1, columns))
 
     def __len__(self):
         return len(self.image_ids)

@@ -1,7 +1,7 @@
 """A dual encoder: one image encoder embeds the page and the elements. A score is a cosine.
 
 B images, R rows, C candidates of a row, F features, D embedding size, N queries, M items of an
-evaluation. This file imports no other one of the project: it belongs to a saved model.
+evaluation. This file imports no other one of the project, since a saved model takes it along.
 
 EDIT HERE for another task: `forward` says what the loss is, `rerank_scores` what a score is.
 """
@@ -16,8 +16,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-# The default encoder is a small BiT, built from a config. Its norm is GroupNorm. With BatchNorm the
-# outputs would depend on the micro-batch, and so on the number of processes.
+# The default encoder: a small BiT with GroupNorm. With BatchNorm the outputs would depend on the
+# micro-batch and so on the number of processes.
 SMALL_BACKBONE = {
     "model_type": "bit",
     "embedding_size": 64,
@@ -32,7 +32,7 @@ SMALL_BACKBONE = {
 class DualEncoderConfig(PreTrainedConfig):
     """What `from_pretrained` needs to build the model and to prepare its images.
 
-    backbone_config: the config of any transformers vision model.
+    backbone_config: that of any transformers vision model.
     feature_size: F, how many numbers `pool_all_levels` makes of an image. embedding_size: D.
     page_size, element_size: pages and elements are fitted into squares of this many pixels.
     image_mean, image_std: of each channel, for pixels in 0..1. The model applies them itself.
@@ -51,7 +51,7 @@ class DualEncoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
-            self.backbone_config = dict(SMALL_BACKBONE)
+            self.backbone_config = SMALL_BACKBONE
         if isinstance(self.backbone_config, dict):
             self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         super().__post_init__(**kwargs)
@@ -59,11 +59,10 @@ class DualEncoderConfig(PreTrainedConfig):
 
 class DualEncoder(PreTrainedModel):
     config_class = DualEncoderConfig
-    base_model_prefix = ""
     main_input_name = "images"
 
     def __init__(self, config, backbone=None):
-        """backbone: a model that is loaded already. None: one is built from the config."""
+        """backbone: a loaded model. None: one is built from the config."""
         super().__init__(config)
         self.backbone = (
             AutoModel.from_config(config.backbone_config) if backbone is None else backbone
@@ -74,30 +73,28 @@ class DualEncoder(PreTrainedModel):
             nn.GELU(),
             nn.Linear(hidden_size, config.embedding_size),
         )
-        # It scales the cosines before the softmax, and is learned, as in CLIP. (1,), since FSDP2
-        # divides tensors and refuses a scalar.
+        # Scales the cosines before the softmax, as in CLIP. (1,): FSDP2 refuses a scalar.
         self.log_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
         self.post_init()
 
     def forward(self, images=None, pages=None, candidates=None, candidate_mask=None, labels=None):
-        """All that the model can do, since DDP, DeepSpeed and FSDP2 hook nothing but `forward`.
+        """All that the model can do: DDP, DeepSpeed and FSDP2 hook nothing but `forward`.
 
-        Rerank evaluation: images uint8 (B, 3, H, W) give {"outputs": float32 (B, D)}, embeddings
-        of length 1.
+        Rerank evaluation: images uint8 (B, 3, H, W) give {"outputs": float32 (B, D)}. These are
+        embeddings of length 1.
 
         Training and the shared evaluation: pages uint8 (R, 3, H, W); candidates uint8
-        (R, C, 3, h, w); candidate_mask bool (R, C), False for padding, which comes last; labels
-        int64 (R,), the column of the relevant candidate.
-        They give {"losses": float32 (R,), "scores": float32 (R, C), padded with -inf}. The loss is
-        the cross-entropy of picking the relevant candidate. There is one for each row, since only
-        the caller knows the global batch that they are averaged over.
+        (R, C, 3, h, w); candidate_mask bool (R, C), False for padding at the end; labels int64
+        (R,), the column of the relevant candidate.
+        They give {"losses": float32 (R,), "scores": float32 (R, C), padded with -inf}. A row's loss
+        is the cross-entropy of picking its relevant candidate. The caller averages the losses: it
+        alone knows the global batch.
         """
         if images is not None:
             return {"outputs": self.embed(images)}
-        rows, width = candidate_mask.shape
         page_embeddings = self.embed(pages)  # (R, D)
         candidate_embeddings = self.embed(candidates.flatten(0, 1))  # (R x C, D)
-        candidate_embeddings = candidate_embeddings.unflatten(0, (rows, width))  # (R, C, D)
+        candidate_embeddings = candidate_embeddings.unflatten(0, candidate_mask.shape)  # (R, C, D)
         scores = cosine(page_embeddings[:, None], candidate_embeddings)  # (R, C)
         # Masked after the scaling: 0 x -inf would be a NaN in the gradient of the scale.
         logits = (scores * self.log_scale.exp()).masked_fill(~candidate_mask, -math.inf)  # (R, C)
@@ -105,34 +102,31 @@ class DualEncoder(PreTrainedModel):
         return {"losses": losses, "scores": scores.masked_fill(~candidate_mask, -math.inf)}
 
     def get_input_embeddings(self):
-        """None. FSDP2 asks, to find a table of words that is tied to an output layer."""
+        """None. FSDP2 asks for a table of words that is tied to an output layer."""
 
     def embed(self, images):
         """uint8 (B, 3, H, W) to float32 (B, D) of length 1. From outside call `forward`."""
-        # Pixels travel to the device as bytes, which is a quarter of the traffic.
-        statistics = (self.config.image_mean, self.config.image_std)
-        mean, std = (
-            torch.tensor(values, device=images.device)[:, None, None] for values in statistics
-        )
+        # Here, since bytes are a quarter of the traffic to the device.
+        mean = torch.tensor(self.config.image_mean, device=images.device)[:, None, None]
+        std = torch.tensor(self.config.image_std, device=images.device)[:, None, None]
         pixel_values = ((images / 255 - mean) / std).to(self.log_scale.dtype)
         # Channels last: on a CPU the small model's convolutions take two thirds of the time.
-        features = pool_all_levels(
-            self.backbone, pixel_values.contiguous(memory_format=torch.channels_last)
-        )
-        return functional.normalize(self.head(features.to(pixel_values.dtype)).float(), dim=1)
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        features = pool_all_levels(self.backbone, pixel_values).to(pixel_values.dtype)
+        return functional.normalize(self.head(features).float(), dim=1)
 
 
 def pool_all_levels(backbone: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) to float32 (B, F): mean and deviation of each level over the image.
 
     A style shows in ink, strokes and corners more than in the thing drawn. These are features of
-    the early levels, and how much a feature varies tells as much as its mean. What the backbone
-    pools itself comes last.
+    the early levels. How much a feature varies tells as much as its mean. What the backbone pools
+    itself comes last.
     """
     states = backbone(pixel_values, output_hidden_states=True)
     pooled = []
     for level in (pixel_values, *states.hidden_states[:-1], states.last_hidden_state):
-        # (B, width, h, w) from a convolutional backbone, (B, tokens, width) from a transformer
+        # (B, width, h, w) from a convolutional backbone. (B, tokens, width) from a transformer.
         level = level.flatten(2).transpose(1, 2) if level.ndim == 4 else level
         mean = level.float().mean(dim=1)  # (B, width)
         # In two passes. With var_mean an evaluation takes a third longer on a CPU.
@@ -146,8 +140,8 @@ def pool_all_levels(backbone: nn.Module, pixel_values: torch.Tensor) -> torch.Te
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Cosine of embeddings of length 1: float32 (..., D) and (..., D) to (...).
 
-    A product and a sum, not a matrix product. Autocast leaves them in float32: in bfloat16 many
-    scores would be tied. And the bits of a score do not depend on how many are computed with it.
+    Not a matrix product: autocast would make it bfloat16, and many scores would be tied. And the
+    bits of a score would depend on how many are computed with it.
     """
     return (a * b).sum(-1)
 
@@ -155,9 +149,9 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def rerank_scores(
     outputs: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor
 ) -> torch.Tensor:
-    """From embeddings, float32 (M, D), to scores, float32 (N, C), padded with -inf.
+    """Embeddings float32 (M, D) to scores float32 (N, C), padded with -inf.
 
-    queries: int64 (N,), candidates: int64 (N, C) padded with -1. Both are items, 0 to M - 1.
+    queries: int64 (N,). candidates: int64 (N, C), padded with -1. Both are items: 0 to M - 1.
     """
     queries, candidates = queries.to(outputs.device), candidates.to(outputs.device)
     scores = torch.full(candidates.shape, -math.inf, device=outputs.device)  # (N, C)
@@ -170,10 +164,10 @@ def rerank_scores(
 
 
 def load_model(model_name_or_path: str | Path | None) -> DualEncoder:
-    """A DualEncoder: a folder that train.py saved, or any vision model, local or on the hub.
+    """A DualEncoder: one that train.py saved, or any vision model of a folder or of the hub.
 
-    None: a small one, untrained. Weights are read from safetensors only, and no code that comes
-    with them is run. Raises OSError, and ValueError for a model that transformers does not know.
+    None: a small one without training. Weights are read from safetensors only. No code that comes
+    with them is run. Raises OSError or, where transformers does not know the model, ValueError.
     """
     if model_name_or_path is None:
         return DualEncoder(DualEncoderConfig())
@@ -192,12 +186,14 @@ def load_model(model_name_or_path: str | Path | None) -> DualEncoder:
     size = size if isinstance(size, int) else max(size)  # some say height and width
     with torch.no_grad():
         feature_size = pool_all_levels(backbone, torch.zeros(1, 3, size, size)).shape[1]
-    options = {
-        "feature_size": feature_size,
-        "page_size": size,
-        "element_size": size,
-    } | read_preprocessing(model_name_or_path)
-    return DualEncoder(DualEncoderConfig(backbone_config=config, **options), backbone)
+    config = DualEncoderConfig(
+        backbone_config=config,
+        feature_size=feature_size,
+        page_size=size,
+        element_size=size,
+        **read_preprocessing(model_name_or_path),
+    )
+    return DualEncoder(config, backbone)
 
 
 def read_preprocessing(model_name_or_path):

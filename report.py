@@ -13,7 +13,7 @@ import os
 import unicodedata
 from bisect import bisect_right
 from contextlib import suppress
-from itertools import accumulate, groupby
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,9 @@ from tqdm import tqdm
 import metrics
 from data import decode_image, find_image
 from runtime.launch import UserError
+
+with suppress(ImportError):
+    from PIL import Image, ImageDraw, ImageFont
 
 # EDIT HERE: columns of the data's CSV that metric.csv repeats. It needs resourceKey.
 COPIED = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey"]
@@ -71,9 +74,10 @@ def read_copied(dataset, positions):
     """The COPIED columns of the queries: a DataFrame (N, ...). Training does not keep them."""
     copied = pd.DataFrame(columns=COPIED)
     with suppress(OSError, ValueError, IndexError):  # it is gone, has other columns, or fewer rows
-        options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-        table = pd.read_csv(dataset.path, usecols=COPIED, **options)[COPIED]
-        copied = table.iloc[positions].reset_index(drop=True)
+        table = pd.read_csv(
+            dataset.path, usecols=COPIED, dtype=str, keep_default_na=False, encoding="utf-8-sig"
+        )
+        copied = table[COPIED].iloc[positions].reset_index(drop=True)
     if copied["resourceKey"].tolist() != [dataset.relevant_key(i) for i in range(len(positions))]:
         raise UserError(f"{dataset.path} has changed since it was read: restore it, or start again")
     return copied
@@ -84,8 +88,9 @@ def write_metric_csv(path, dataset, prediction, queries):
     with open(path, "w", newline="", encoding="utf-8") as file:
         for start in range(0, len(queries), BLOCK):
             lines = with_lists(queries[start : start + BLOCK], dataset, prediction)
-            options = {"float_format": "%.17g", "lineterminator": "\r\n"}
-            lines.to_csv(file, header=start == 0, index=False, **options)
+            lines.to_csv(
+                file, header=start == 0, index=False, float_format="%.17g", lineterminator="\r\n"
+            )
 
 
 def with_lists(queries, dataset, prediction):
@@ -134,9 +139,7 @@ def summary(ranks):
 
 def draw_contact_sheet(path, dataset, prediction, queries):
     """Some queries, the same ones whatever the model, and then the worst misses."""
-    try:
-        from PIL import Image
-    except ImportError:
+    if importlib.util.find_spec("PIL") is None:
         return say(f"{path.name} is left out: pip install pillow")
 
     ranks = queries["rank"].to_numpy()
@@ -178,8 +181,7 @@ def draw_query(sheet, y, widths, data_dir, query):
     put(sheet, x, y, "\n".join(lines), 18)
     below = y + 26 * len(lines)
     rank = f"rank {query['rank']:.0f} of" if np.isfinite(query["rank"]) else "not among the"
-    ink = RIGHT if query["rank"] == 1 else WRONG
-    put(sheet, x, below + 8, f"{rank} {count}", 16, ink)
+    put(sheet, x, below + 8, f"{rank} {count}", 16, RIGHT if query["rank"] == 1 else WRONG)
     put(sheet, x, below + 34, f"row {query.name + 2}", 13, FAINT)  # as a spreadsheet shows it
 
     x, y = x + WORDS, y + 12
@@ -187,8 +189,7 @@ def draw_query(sheet, y, widths, data_dir, query):
         if place == TOP:
             put(sheet, x + 3, y + CANDIDATE // 2, "…", 16, FAINT, anchor="mm")
             x += 2 * GAP
-        picture = show_candidate(data_dir, key)
-        draw_picture(sheet, x, y, picture, widths[1], CANDIDATE, framed=relevant)
+        draw_picture(sheet, x, y, show_candidate(data_dir, key), widths[1], CANDIDATE, relevant)
         text = "missing" if score is None else f"{score:.3f}"
         ink = INK if relevant else FAINT
         put(sheet, x + widths[1] // 2, y + CANDIDATE + 15, text, 13, ink, anchor="mm")
@@ -203,16 +204,12 @@ def draw_picture(sheet, x, y, picture, width, height, framed=False):
 
 
 def put(sheet, x, y, text, size, ink=INK, **options):
-    from PIL import ImageDraw
-
     ImageDraw.Draw(sheet).text((x, y), text, ink, font(size), **options)
 
 
 @functools.lru_cache(512)  # the sample comes again at each evaluation; 20 MB
 def small(picture, width, height):
     """An RGB image: of a Path a square as high as `height`, of a text its first lines."""
-    from PIL import Image
-
     if isinstance(picture, Path):
         return Image.fromarray(decode_image(picture, height).permute(1, 2, 0).numpy())
     image = Image.new("RGB", (width, height), "white")
@@ -245,8 +242,6 @@ def advance(character, size):
 @functools.cache
 def font(size):
     """The best font there is: of the package pylopdf-fonts-ko, of the system, or Pillow's own."""
-    from PIL import ImageFont
-
     for name in [packaged_font(), *FONTS]:
         with suppress(OSError):  # there is none of this name
             return ImageFont.truetype(name, size)
@@ -272,11 +267,10 @@ def draw_curves(path, log):
         lines = pd.DataFrame(map(json.loads, file)).set_index("step")
     names = [name for name in map(str, lines) if "/" in name]
     losses = [name for name in names if name.endswith("/loss")]
-    of_evaluations = [n for n in names if n not in losses and not n.startswith("train/")]
-    ranking = []
-    for _, group in groupby(of_evaluations, lambda name: name.partition("/")[0]):
-        first, *others = group
-        ranking += [first, *others[-1:]]
+    ranking = [name for name in names if name not in losses and not name.startswith("train/")]
+    first = {name.partition("/")[0]: name for name in reversed(ranking)}
+    last = {name.partition("/")[0]: name for name in ranking}
+    ranking = [name for name in ranking if name in {*first.values(), *last.values()}]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, names in zip(figure.subplots(1, 2), (losses, ranking), strict=True):
         for name in names:

@@ -209,9 +209,9 @@ def save_model(accelerator: Accelerator, model, folder: Path, training_config: d
 def write_model(accelerator, model, folder, training_config):
     # Every process takes part: under ZeRO-3 and FSDP2 each holds a part of the weights.
     state_dict = accelerator.get_state_dict(model)
-    # The names in a compiled model begin with this, and nothing could load them.
-    state_dict = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
-    if accelerator.is_main_process:
+    if accelerator.is_main_process:  # under ZeRO-3 the others have None
+        # The names in a compiled model begin with this, and nothing could load them.
+        state_dict = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
         plain.save_pretrained(folder, state_dict=state_dict)
         (folder / TRAINING_CONFIG).write_text(json.dumps(training_config, indent=2))

@@ -76,7 +76,8 @@ def read_options(kind: Any, arguments: list[str]) -> Any:
     # A word without dashes is most likely the value of an unknown option.
     unknown = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown
     wrong = [(word, word.lstrip("-")) for word in unknown]
-    wrong += [(texts[name][0], name) for name in texts if name not in kind.__dataclass_fields__]
+    names = [one.name for one in fields(kind)]
+    wrong += [(texts[name][0], name) for name in texts if name not in names]
     problems = [f"{where}: {what_instead(name, kind)}" for where, name in wrong]
     values = {}
     for one in fields(kind):
@@ -174,13 +175,13 @@ def read_yaml(file: str) -> dict[str, tuple[str, str | None]]:
 
 def what_instead(name: str, kind) -> str:
     """What to do instead of an option that `kind` does not have, or that has not two dashes."""
-    ours = kind.__dataclass_fields__.keys()
+    ours = [one.name for one in fields(kind)]
     for names, what in INSTEAD.items():
         if name in names.split():
             return what
     from transformers import TrainingArguments  # here: it takes a second, for a slip alone
 
-    if name in TrainingArguments.__dataclass_fields__.keys() - ours:
+    if name not in ours and name in TrainingArguments.__dataclass_fields__:
         return "a Trainer option that is not here: edit the loop"
     closest = difflib.get_close_matches(name, ours, 1)
     return "there is no such option" + "".join(f", is it --{near}?" for near in closest)

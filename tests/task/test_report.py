@@ -8,8 +8,9 @@ from argparse import Namespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import column, read_csv, save_image, write_csv, write_data
+from conftest import column
 from matplotlib.figure import Figure
+from page_data import read_csv, save_image, write_csv, write_data
 from PIL import Image, ImageColor, ImageFont
 from transformers import EvalPrediction
 

@@ -9,6 +9,7 @@ from page_data import read_csv
 from PIL import Image
 
 import sample_data
+from runtime.launch import UserError
 
 SPLITS = ("train", "eval", "test_vocabulary")
 
@@ -56,7 +57,7 @@ def test_an_interrupted_build_is_not_a_data_set(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_folder_is_never_overwritten(built):
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError, match="is there already"):
         sample_data.build(built)
 
 

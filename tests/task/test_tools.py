@@ -12,9 +12,10 @@ from html.parser import HTMLParser
 import ir_measures
 import numpy as np
 import pytest
-from conftest import REPOSITORY, read_csv, write_csv
+from conftest import REPOSITORY
 from fontTools.ttLib import TTFont
 from ir_measures import RR, Success
+from page_data import read_csv, write_csv
 from PIL import Image
 from test_report import (
     MISSING,
