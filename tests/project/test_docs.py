@@ -157,6 +157,7 @@ def test_each_block_of_the_readme_is_run():
         for path in (
             ".ci/run",
             "tests/project/test_main_job.py",
+            "tests/project/test_copies.py",
             "tests/project/test_tasks.py",
         )
     ]
