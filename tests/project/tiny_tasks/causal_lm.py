@@ -2,7 +2,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-OPTIONS = ["--max_length", "12", "--max_grad_norm", "2"]
+OPTIONS = ["--max_length", "12", "--max_grad_norm", "5"]
 
 
 def make_data(folder):

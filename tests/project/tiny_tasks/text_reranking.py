@@ -1,7 +1,7 @@
 import torch
 from transformers import BertConfig, BertForSequenceClassification, ByT5Tokenizer
 
-OPTIONS = ["--num_negatives", "3", "--max_length", "8", "--max_grad_norm", "2"]
+OPTIONS = ["--num_negatives", "3", "--max_length", "8", "--max_grad_norm", "0.9"]
 
 
 def make_data(folder):
