@@ -63,9 +63,9 @@ class Evaluation(NamedTuple):
 
 
 def make_evaluations(eval_dataset=None, rerank_dataset=None) -> dict[str, Evaluation]:
-    """EDIT HERE to add an evaluation or to drop one. The names are the prefixes in the log.
+    """EDIT HERE to add or drop evaluations. Without any there is no best/. Names are log prefixes.
 
-    A second one with a report writes metric_{name}.csv. Both main functions read its data.
+    A second one: read its data in both main functions. Its report writes metric_{name}.csv.
     """
     return {
         "eval": Evaluation(evaluate, eval_dataset, compute_metrics),
@@ -158,7 +158,7 @@ def evaluation_loop(accelerator, model, dataloader, evaluation):
     dataset = evaluation.dataset
     outputs = predict(accelerator, model, dataloader, dataset, "losses")  # {name: (N, ...)}
     loss = mean_loss(outputs.pop("losses"), dataset)
-    prediction = make_prediction(outputs.values(), dataset)
+    prediction = make_prediction(outputs.values(), dataset)  # a tuple if several, as in Trainer
     return prediction, check_metrics(evaluation.compute_metrics(prediction)) | {"loss": loss}
 
 
@@ -198,7 +198,7 @@ def predict(accelerator, model, dataloader, dataset, *needed):
     indices, outputs = [], defaultdict(list)
     disable = not accelerator.is_main_process or None  # None: a bar only on a terminal
     for batch in tqdm(dataloader, desc="evaluating", leave=False, disable=disable):
-        launch.stop_if_asked()  # after Ctrl+C or SIGTERM; a resume does this evaluation again
+        launch.stop_if_asked()  # Ctrl+C in training; a resume redoes this update's evaluations
         index = batch.pop("index")  # (B,), -1 for padding
         batch.pop("weight", None)
         indices.append(index)

@@ -15,7 +15,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
     prediction.predictions: float (N, C), scores. Short rows end in -inf.
     prediction.label_ids: int (N,), the column of the relevant candidate, or -1 where it is missing.
-    prediction.inputs: int (N,), positions: the rows are pandas.read_csv(...).iloc[inputs].
+    prediction.inputs: int (N,), positions: pandas.read_csv(the CSV).iloc[inputs] are the queries.
     """
     return {name: float(values.mean()) for name, values in measure_queries(prediction).items()}
 

@@ -48,9 +48,9 @@ def main():
 
         sample_data.build_once(accelerator, config.data_dir)
 
-    # A resume: find the checkpoint, load the model from it, read the data with its preprocessing,
-    # compare what the numbers depend on, and in `train` load the optimizer and random states.
-    # A copy that never resumes drops the lines with `checkpoint`, `depends_on` and `resume`.
+    # A checkpoint holds the model, `state` with `depends_on`, the optimizer and random states.
+    # A resume: find it, load the model, read the data, compare `depends_on`, restore `state`; in
+    # `train` load the rest. No resume: drop find_checkpoint, resume and load_training_state.
     checkpoint = find_checkpoint(accelerator, config.output_dir, config.resume_from_checkpoint)
     model_dir = checkpoint or config.model_name_or_path
     with launch.option_named(f"--model_name_or_path {model_dir}"):
@@ -115,7 +115,7 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, evaluati
                 state.done = False
                 state.progress.update()
                 maybe_log_save_evaluate(accelerator, model, state, config, evaluations)
-                # To stop early: save_checkpoint and break once state.best_step is too long ago.
+                # To stop early once best_step is too old: the two lines after `except`, then break.
                 if state.step < state.num_updates:
                     launch.stop_if_asked()
     except launch.Stopped as stopped:
@@ -136,8 +136,8 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, evaluati
 def train_step(accelerator, model, batch):
     """Forward and backward of a micro-batch. Returns its index, weight and losses, each (B,).
 
-    They stay on the device: no synchronisation here. An epoch's last global batch is padded, so
-    that all processes have equal batches. Padding has index -1 and weight 0. The other rows of
+    They stay on the device: no synchronisation here. An epoch's last global batch is padded to
+    its full size on all processes. Padding has index -1 and weight 0. The other rows of
     that batch weigh more, so that the mean is theirs. In a full batch every row weighs 1.
     """
     index, weight = batch.pop("index"), batch.pop("weight")  # (B,), (B,)
