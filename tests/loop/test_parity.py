@@ -524,7 +524,9 @@ def test_clipping_is_at_work_in_some_updates(runs):
     norms = column(runs["1 process"].lines, "train/grad_norm").values()
     limit = runs["1 process"].first["config"]["max_grad_norm"]
     where = f"from {min(norms):.3g} to {max(norms):.3g}: set it in OPTIONS of tests/tiny_task.py"
-    assert min(norms) < limit < max(norms), f"--max_grad_norm {limit} is not among the norms, {where}"
+    assert min(norms) < limit < max(norms), (
+        f"--max_grad_norm {limit} is not among the norms, {where}"
+    )
 
 
 def test_an_epoch_ends_with_a_batch_that_is_not_full(runs):
