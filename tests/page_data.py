@@ -34,15 +34,16 @@ def make_tiny_model(folder, dropout=0.1):
         backbone_config=backbone, feature_size=86, embedding_size=16, page_size=16, element_size=16
     )
     with torch.random.fork_rng():
-        torch.manual_seed(
-            0
-        )  # the same in each run of the tests: when an evaluation is the best one depends on it
+        torch.manual_seed(0)  # which evaluation is the best one depends on it
         DualEncoder(config).save_pretrained(folder)
     return folder
 
 
 def write_data(folder, train=41, evaluation=13, test=17, elements=30):
-    """A data set of noise, in the layout of data.py, with row counts that divide by nothing. Returns the folder."""
+    """A data set of noise in the layout of data.py. Its numbers of rows divide by nothing.
+
+    Returns the folder.
+    """
     random = np.random.default_rng(0)
     for name in ("csv", "images", "elements"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""accelerate has FSDP on GPUs only. Told that these processes are on some, it makes the same FSDP2 of them over gloo."""
+"""accelerate has FSDP on GPUs only. Told that these processes are on some, it makes the same FSDP2
+of them over gloo."""
 
 import os
 

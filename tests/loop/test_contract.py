@@ -1,4 +1,4 @@
-"""The names of runtime/ that the top calls. A newer runtime/ in an older copy must have them all."""
+"""The names of runtime/ that the top calls. A newer runtime/ in an older copy must have them."""
 
 import ast
 import importlib

@@ -93,7 +93,7 @@ def test_bf16_under_fsdp2(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_bf16_and_no_config_file(tiny, tmp_path):
-    """evaluate.py alone: the precision of the training, its data, and the number that was logged."""
+    """evaluate.py alone: with the precision and data of the training, the number that was logged."""
     options = {"config": None, "mixed_precision": "bf16"}
     launch("train.py", *tiny.flags(tmp_path / "output", *FEW), **options)
     first, lines = read_log(tmp_path / "output")
