@@ -224,7 +224,7 @@ def main():
         values = run_evaluation(accelerator, model, name, evaluation, config)
         for metric, value in values.items():
             accelerator.print(f"{metric:<24}{value:10.6f}")
-    accelerator.print(f"metric.csv and pictures are in {config.output_dir}/")
+    accelerator.print(f"the reports are in {config.output_dir}/")
     launch.finish(accelerator)
 
 

@@ -131,7 +131,7 @@ def evaluation_batches(
 
     Batches are cut before they are dealt, and padded to whole batch sizes. The last bits of an
     output can depend on the shape of its batch, so the same weights give the same bits on any
-    number of processes.
+    number of processes, if these have as many threads: some attention kernels depend on that.
     """
     batches = []
     for items, multiple in groups:
