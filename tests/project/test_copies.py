@@ -52,7 +52,10 @@ def prove(folder, *options):
     return done.stdout
 
 
-@pytest.mark.parametrize("task", TASKS)
+# A launch of two processes for each: two of the three with --all.
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=[pytest.mark.long] * (task != "causal_lm")) for task in TASKS]
+)
 def test_a_started_project_proves_itself(task, tmp_path):
     start_project(tmp_path / "copy", task)
     assert re.search(r"\b1[2-9] passed", prove(tmp_path / "copy", "-k", PROOFS))
