@@ -74,7 +74,14 @@ def run(task, copy):
     last = output / "checkpoints" / f"step_{lines[-1]['step']:08d}"
     counts = {path.rpartition("/")[2]: count for path, count in first["data"].items()}
     return Namespace(
-        copy=copy, data=data, model=model, output=output, last=last, lines=lines, counts=counts
+        copy=copy,
+        data=data,
+        model=model,
+        output=output,
+        last=last,
+        lines=lines,
+        counts=counts,
+        max_grad_norm=first["config"]["max_grad_norm"],
     )
 
 
@@ -176,6 +183,7 @@ def train_one_row_at_a_time(run, model, rows, loss_of):
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, eps=1e-6)
     rates = column(run.lines, "train/learning_rate")
+    max_norm = float(run.max_grad_norm)
     updates = []
     for epoch in range(EPOCHS):
         order = np.random.default_rng((0, epoch)).permutation(len(rows))
@@ -187,7 +195,7 @@ def train_one_row_at_a_time(run, model, rows, loss_of):
                 total, count = total + loss.item(), count + of
             for parameter in model.parameters():
                 parameter.grad /= count
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0).item()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
             updates.append((total / count, norm))
             for group in optimizer.param_groups:
                 group["lr"] = rates[len(updates)]
