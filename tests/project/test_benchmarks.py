@@ -32,8 +32,13 @@ ROWS = {
 }
 
 
+LONG = ("start", "input_pipeline")  # they launch most, and take two minutes of CI
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in ROWS]
+)
 def test_a_small_version(name):
     done = subprocess.run(
         [sys.executable, REPOSITORY / "tests" / "benchmarks" / f"{name}.py", "--small"],
