@@ -82,6 +82,9 @@ class Config:
     greater_is_better: bool = option(
         False, "whether higher is better; never guessed from the name, so set both"
     )
+    early_stopping_patience: int = option(
+        0, "evaluations in a row without a new best, after which training ends; 0: never"
+    )
     save_steps: int = setting(200, "updates between two checkpoints; 0: only at the end")
     save_total_limit: int = setting(2, "how many newest checkpoints are kept; 0: all")
 

@@ -81,9 +81,8 @@ def maybe_log_save_evaluate(accelerator, model, state, config, evaluations):
     """
     evaluate_due = len(evaluations) > 0 and (state.step == 0 or state.is_due(config.eval_steps))
     log_due = evaluate_due or state.is_due(config.logging_steps)
-    save_due = state.is_due(config.save_steps)
     values = {}
-    if log_due or save_due:
+    if log_due or state.is_due(config.save_steps):
         collect_losses(accelerator, state)  # first: it raises on NaN, so no such weights are saved
     if evaluate_due:
         for name, evaluation in evaluations.items():
@@ -94,8 +93,11 @@ def maybe_log_save_evaluate(accelerator, model, state, config, evaluations):
         accelerator.log(values, step=state.step)  # one call, so one line a step
         show(accelerator, state, values)
     if evaluate_due and is_best(state, values, config):
-        save_model(accelerator, model, Path(config.output_dir, "best"), state.training_config)
+        save_model(accelerator, model, Path(config.output_dir, "best"), state)
+    if evaluate_due and 0 < config.early_stopping_patience <= state.evaluations_since_best:
+        state.num_updates = state.step  # this was the last update: save what is due then
     state.done = True
+    save_due = state.is_due(config.save_steps)
     if save_due:
         save_checkpoint(accelerator, model, state, config.output_dir, config.save_total_limit)
     if evaluate_due or save_due:

@@ -208,6 +208,9 @@ def read_preprocessing(model_name_or_path):
     return {name: values[name] for name in ("image_mean", "image_std") if name in values}
 
 
-# Once this file is imported, AutoConfig and AutoModel know a folder that train.py saved.
-AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig)
-AutoModel.register(DualEncoderConfig, DualEncoder)
+# Once this file is imported, AutoConfig and AutoModel know a folder that train.py saved. In that
+# folder lies a copy of it, which is imported where trust_remote_code=True says so.
+AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
+AutoModel.register(DualEncoderConfig, DualEncoder, exist_ok=True)
+DualEncoderConfig.register_for_auto_class()
+DualEncoder.register_for_auto_class()

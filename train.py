@@ -97,6 +97,8 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, evaluati
             maybe_log_save_evaluate(accelerator, model, state, config, evaluations)
         model.train()
         for batch in train_dataloader:  # the micro-batches of all epochs
+            if state.finished:  # early, by early_stopping_patience
+                break
             # `backward` all-reduces gradients at an update's last micro-batch: `accumulate` sees to
             # it. At the others optimizer.step and zero_grad do nothing.
             with accelerator.accumulate(model):
@@ -115,7 +117,6 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, evaluati
                 state.done = False
                 state.progress.update()
                 maybe_log_save_evaluate(accelerator, model, state, config, evaluations)
-                # To stop early once best_step is too old: the two lines after `except`, then break.
                 if state.step < state.num_updates:
                     launch.stop_if_asked()
     except launch.Stopped as stopped:

@@ -1,7 +1,8 @@
 """Saving and loading: models, and checkpoints that are whole or absent.
 
     output_dir/checkpoints/step_00000100/
-        config.json, model.safetensors, training_config.json    the model, as in output_dir/best
+        config.json, model.safetensors, training_config.json, README.md, and for a class that
+                          transformers does not have model.py: the model, as in output_dir/best
         training_state/   what accelerate saves besides: the optimizer, each process's random
                           states; under DeepSpeed and FSDP2 their parts of model and optimizer
         run.json          TrainState
@@ -24,6 +25,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
+from runtime.card import make_card
 from runtime.launch import UserError, option_named
 
 TRAINING_CONFIG = "training_config.json"  # beside the weights: what evaluate.py needs of the run
@@ -47,7 +49,7 @@ def save_checkpoint(accelerator: Accelerator, model, state, output_dir: str, tot
                     shutil.rmtree(left, ignore_errors=True)
             unfinished.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        write_model(accelerator, model, unfinished, state.training_config)
+        write_model(accelerator, model, unfinished, state)
         # The weights are saved already: keep accelerate from saving them again.
         hook = accelerator.register_save_state_pre_hook(
             lambda models, weights, path: weights.clear()
@@ -180,8 +182,8 @@ def load_training_state(accelerator: Accelerator, checkpoint: Path):
     accelerator.step = 0
 
 
-def save_model(accelerator: Accelerator, model, folder: Path, training_config: dict):
-    """Save config.json, model.safetensors and training_config.json. Every process must call this.
+def save_model(accelerator: Accelerator, model, folder: Path, state):
+    """Save the model, its card and training_config.json. Every process must call this.
 
     They are written to a temporary folder, which is then renamed. Over an older model the files are
     replaced one by one, the weights last. Config and preprocessing do not change in a run, so at
@@ -190,7 +192,7 @@ def save_model(accelerator: Accelerator, model, folder: Path, training_config: d
     unfinished = folder.with_name(f".{folder.name}-unfinished")
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
-    write_model(accelerator, model, unfinished, training_config)
+    write_model(accelerator, model, unfinished, state)
     if accelerator.is_main_process:
         for file in unfinished.iterdir():
             flush(file)
@@ -206,7 +208,7 @@ def save_model(accelerator: Accelerator, model, folder: Path, training_config: d
     accelerator.wait_for_everyone()
 
 
-def write_model(accelerator, model, folder, training_config):
+def write_model(accelerator, model, folder, state):
     # Every process takes part: under ZeRO-3 and FSDP2 each holds a part of the weights.
     state_dict = accelerator.get_state_dict(model)
     if accelerator.is_main_process:  # under ZeRO-3 the others have None
@@ -214,7 +216,8 @@ def write_model(accelerator, model, folder, training_config):
         state_dict = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
         plain.save_pretrained(folder, state_dict=state_dict)
-        (folder / TRAINING_CONFIG).write_text(json.dumps(training_config, indent=2))
+        (folder / TRAINING_CONFIG).write_text(json.dumps(state.training_config, indent=2))
+        (folder / "README.md").write_text(make_card(plain, state), encoding="utf-8")
 
 
 def read_training_config(model_dir: str, needed) -> dict:

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "accelerate", "transformers", "numpy")
 class TrainState:
     """Where a run is. Everything else follows from the config and from `step`."""
 
-    num_updates: int
+    num_updates: int  # fewer once the run has stopped early; saved too
     global_batch_size: int
     depends_on: dict  # what the numbers depend on; a checkpoint has it too
     training_config: dict  # what is saved beside the weights
@@ -57,6 +57,10 @@ class TrainState:
     def finished(self) -> bool:
         return self.step == self.num_updates and self.done
 
+    @property
+    def evaluations_since_best(self) -> int:
+        return sum(step > (self.best_step or 0) for step in self.evaluations)
+
     def is_due(self, every: int) -> bool:
         """Whether what happens every so many updates is due now. It is after the last one."""
         due = every > 0 and self.step % every == 0
@@ -73,7 +77,7 @@ class TrainState:
         self.evaluations = {int(step): values for step, values in self.evaluations.items()}
 
 
-SAVED = ("step", "done", "best_step", "best_value", "evaluations")
+SAVED = ("num_updates", "step", "done", "best_step", "best_value", "evaluations")
 SAVED += ("losses", "items", "seconds", "grad_norm", "learning_rate")
 
 

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import yaml
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
@@ -58,6 +59,7 @@ def start_trackers(accelerator: Accelerator, config, state: TrainState, datasets
     }
     if accelerator.is_main_process:
         facts = keep_lines(Path(config.output_dir) / "log.jsonl", state) or facts
+        write_run_yaml(Path(config.output_dir) / "run.yaml", facts)
     options = {}
     if LoggerType.WANDB in accelerator.log_with:
         run = {"id": facts["run_id"], "resume": "allow"}
@@ -67,6 +69,15 @@ def start_trackers(accelerator: Accelerator, config, state: TrainState, datasets
         # Only these two take values inside of values. The others get names as config.learning_rate.
         nested = tracker.name in ("jsonl", "wandb")
         tracker.store_init_configuration(facts if nested else flatten_dict(facts))
+
+
+def write_run_yaml(path: Path, facts: dict):
+    """The options of the run, for --config: with the launch in its first lines the same numbers."""
+    launch = ", ".join(f"{name} {facts[name]}" for name in ("processes", "strategy"))
+    text = f"# the same run again: --config {path} --output_dir FOLDER\n"
+    text += f"# launched with: {launch}, mixed precision {facts['mixed_precision']}\n"
+    options = yaml.safe_dump(facts["config"], sort_keys=False, allow_unicode=True)
+    path.write_text(text + options, encoding="utf-8")
 
 
 def wandb_options(accelerator: Accelerator, output_dir: str) -> dict:
@@ -229,6 +240,7 @@ def closing_table(state: TrainState, config) -> str:
         "best": f"the model of update {best}: the {kind} {config.metric_for_best_model}",
         f"checkpoints/step_{last:08d}": "the model after the last update",
         "log.jsonl": "everything that was logged",
+        "run.yaml": "the options, for --config",
     }
     if best is None:  # there was no evaluation, or its metric was NaN
         del contents["best"]

@@ -3,6 +3,7 @@
 All with dropout, accumulation and a DataLoader worker, on two processes.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import pytest
 import torch
 import wandb_file
 from conftest import REPOSITORY, SIDE_BY_SIDE, column, launch, launch_environment, read_log
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import train
@@ -114,7 +116,7 @@ def assert_the_same_run(folder, whole, last=20):
 def test_what_a_run_leaves(whole):
     names = {path.name for path in (whole / "checkpoints").iterdir()}
     assert names == {"step_00000012", "step_00000016", "step_00000020"}
-    model = {"config.json", "model.safetensors", "training_config.json"}
+    model = {"config.json", "model.safetensors", "training_config.json", "README.md"}
     assert {path.name for path in (whole / "best").iterdir()} >= model
     checkpoint = {path.name for path in (whole / "checkpoints" / "step_00000020").iterdir()}
     assert checkpoint >= model | {"training_state", "run.json", "manifest.json"}
@@ -130,6 +132,20 @@ def test_what_a_run_leaves(whole):
     assert [line["step"] for line in lines] == [0, *logged]
     for name in ("loss", "grad_norm", "learning_rate", "samples_per_second"):
         assert list(column(lines, f"train/{name}")) == logged
+
+
+@pytest.mark.slow
+def test_best_says_how_it_is_loaded(whole, tmp_path):
+    """Its card, by the library of the hub. Its code, in a process that knows nothing of ours."""
+    card = ModelCard.load(whole / "best" / "README.md")
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert any(metrics.items() <= line.items() for line in read_log(whole)[1] if metrics)
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    code = code.replace("FOLDER", str(whole / "best"))
+    code += "model.save_pretrained('again')"
+    environment = launch_environment() | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert_same_weights(tmp_path / "again", whole / "best")
 
 
 @pytest.mark.slow
@@ -264,15 +280,44 @@ def test_a_finished_run_is_left_as_it_is(whole, run_alone, capsys):
     assert "holds a finished run" in capsys.readouterr().out and before == contents(whole)
 
 
+def as_if_stopped_in_the_evaluation(checkpoint, **changes):
+    manifest, run = read_checkpoint(checkpoint)
+    (checkpoint / "run.json").write_text(json.dumps(run | {"done": False} | changes))
+    manifest["files"]["run.json"] = describe_file(checkpoint / "run.json")
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.slow
+def test_run_yaml_is_the_run_again(run_alone, tmp_path, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_alone(one, "--max_steps", 8, "--warmup_steps", 0.3)
+    flags = ["--config", str(one / "run.yaml"), "--output_dir", str(two)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with contextlib.suppress(SystemExit):
+        train.main()
+    assert_the_same_run(two, one, last=8)
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_improve_stops_early(run_alone, tmp_path, capsys):
+    flags = [tmp_path / "output", "--learning_rate", 0, "--early_stopping_patience", 2]
+    run_alone(*flags)
+    lines = read_log(tmp_path / "output")[1]
+    assert lines[-1]["step"] == 14 and "train/loss" in lines[-1]  # evaluated at 0, 7 and 14
+    run_alone(*flags)
+    assert "holds a finished run" in capsys.readouterr().out
+    checkpoint = tmp_path / "output" / "checkpoints" / "step_00000014"
+    as_if_stopped_in_the_evaluation(checkpoint, num_updates=20)
+    run_alone(*flags)
+    assert "resuming after update 14" in capsys.readouterr().out
+    assert read_log(tmp_path / "output")[1][-1]["step"] == 14
+
+
 @pytest.mark.slow
 def test_a_run_stopped_in_its_last_evaluation_does_it_again(whole, run_alone, tmp_path, capsys):
     folder = tmp_path / "output"
     shutil.copytree(whole, folder)
-    checkpoint = folder / "checkpoints" / "step_00000020"
-    manifest, run = read_checkpoint(checkpoint)
-    (checkpoint / "run.json").write_text(json.dumps(run | {"done": False}))
-    manifest["files"]["run.json"] = describe_file(checkpoint / "run.json")
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    as_if_stopped_in_the_evaluation(folder / "checkpoints" / "step_00000020")
     run_alone(folder)
     assert "resuming after update 20" in capsys.readouterr().out
     ours, theirs = (read_log(each)[1][-1] for each in (folder, whole))
