@@ -1,21 +1,15 @@
 """The model card: README.md beside saved weights. Its head is what the hub reads."""
 
 import inspect
+import json
 import math
 import platform
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from transformers import PreTrainedModel
 
-CARD = """---
-{head}
----
-
-# {name}, after {step} updates
-
-## How to use it
+USAGE = """## How to use it
 
 ```python
 from transformers import {auto}
@@ -24,7 +18,14 @@ model = {auto}.from_pretrained("FOLDER"{trust})
 ```
 
 {forward}
+"""
+CARD = """---
+{head}
+---
 
+# {name}, after {step} updates
+
+{usage}
 ## Metrics
 
 {metrics}
@@ -38,19 +39,29 @@ Python {python}, {versions}
 """
 
 
-def make_card(model: PreTrainedModel, state) -> str:
-    """The text of README.md, for the model after update `state.step`.
+def write_card(folder: Path, model, state):
+    """Write README.md for the model that was saved to `folder`, of update `state.step`.
 
-    Metrics are those of this update, if it was evaluated.
+    Metrics are those of this update, if it was evaluated. What loads the model follows from the
+    config.json that is saved with it.
     """
-    name, config = type(model).__name__, state.training_config
+    path = folder / "config.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config = state.training_config
+    name = (saved.get("architectures") or [type(model).__name__])[0]
+    own = next(iter(saved.get("auto_map", {}).keys() - {"AutoConfig"}), None)  # its code lies here
+    usage = USAGE.format(
+        auto=own or name,
+        trust=", trust_remote_code=True" if own else "",
+        forward=f"```\n{inspect.getdoc(type(model).forward)}\n```" if own else "",
+    )
     metrics = {
         metric: value
         for metric, value in state.evaluations.get(state.step, {}).items()
         if math.isfinite(value)
     }
     dataset = {"task_type": "other", "dataset_type": "csv", "dataset_name": config["data_dir"]}
-    base = config["model_name_or_path"]
+    base = config.get("model_name_or_path")
     head = ModelCardData(
         library_name="transformers",
         model_name=name,
@@ -60,16 +71,14 @@ def make_card(model: PreTrainedModel, state) -> str:
             for metric, value in metrics.items()
         ],
     )
-    own = type(model)._auto_class  # a class that transformers does not have: its code lies here too
-    return CARD.format(
+    card = CARD.format(
         head=head.to_yaml(),
         name=name,
         step=state.step,
-        auto=own or name,
-        trust=", trust_remote_code=True" if own else "",
-        forward=f"```\n{inspect.getdoc(type(model).forward)}\n```" if own else "",
+        usage=usage if saved else "",
         metrics="\n".join(f"    {metric:<24}{value:.4f}" for metric, value in metrics.items()),
         config=yaml.safe_dump(config, sort_keys=False),
         python=platform.python_version(),
         versions=", ".join(f"{package} {version}" for package, version in state.versions.items()),
     )
+    (folder / "README.md").write_text(card, encoding="utf-8")

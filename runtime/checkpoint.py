@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from runtime.card import make_card
+from runtime.card import write_card
 from runtime.launch import UserError, option_named
 
 TRAINING_CONFIG = "training_config.json"  # beside the weights: what evaluate.py needs of the run
@@ -217,7 +217,7 @@ def write_model(accelerator, model, folder, state):
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
         plain.save_pretrained(folder, state_dict=state_dict)
         (folder / TRAINING_CONFIG).write_text(json.dumps(state.training_config, indent=2))
-        (folder / "README.md").write_text(make_card(plain, state), encoding="utf-8")
+        write_card(folder, plain, state)
 
 
 def read_training_config(model_dir: str, needed) -> dict:

@@ -56,6 +56,8 @@ def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
     )
     if deepspeed and not is_deepspeed_available():
         raise UserError("this launch needs DeepSpeed: pip install -r requirements-deepspeed.txt")
+    if not deepspeed:  # else accelerate loads it in the middle of a run: 4 s and a warning
+        sys.modules.setdefault("deepspeed", None)  # pyrefly: ignore[no-matching-overload]
     # On a CPU DDP needs cpu=True. DeepSpeed needs gloo, and cpu=True would switch it off.
     # Others wait while process 0 writes files, for longer than the 10 minutes of NCCL.
     group: Any = {"timeout": TIMEOUT} | ({"backend": "gloo"} if on_cpu and deepspeed else {})

@@ -54,7 +54,7 @@ options.setting(default, text, *, heading='', at_least=0, check=None, changes_no
 options.read_options(kind, arguments)
 """.strip().splitlines()
 STATE = "step done num_updates finished is_due evaluations best_step best_value window grad_norm"
-STATE += " learning_rate progress training_config window_began"
+STATE += " learning_rate progress training_config window_began evaluations_since_best"
 
 
 def find(dotted):

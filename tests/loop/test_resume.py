@@ -246,7 +246,9 @@ def test_a_shell_that_ends_leaves_the_run_alone(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "status"), [("INT", 130), ("TERM", 143)])
+@pytest.mark.parametrize(
+    ("what", "status"), [("INT", 130), pytest.param("TERM", 143, marks=pytest.mark.long)]
+)
 def test_the_exit_status_says_which_signal(what, status, tiny, tmp_path):
     arguments = tiny.flags(tmp_path / "output", *OPTIONS, "--report_to", "none")
     environment = launch_environment() | SIDE_BY_SIDE | {"WHEN": "in update 2", "WHAT": what}

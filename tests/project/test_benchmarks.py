@@ -32,7 +32,7 @@ ROWS = {
 }
 
 
-LONG = ("start", "input_pipeline")  # they launch most, and take two minutes of CI
+LONG = {*ROWS} - {"ranking_metrics", "reading"}  # they launch, and take three minutes of CI
 
 
 @pytest.mark.slow

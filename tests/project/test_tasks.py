@@ -1,5 +1,5 @@
 """The tasks that the diffs in docs/ make of a copy: each diff is small, and its copy trains. Its
-numbers are those of plain transformers, one row at a time, or of Trainer."""
+numbers are those of plain transformers, one row at a time, or of Trainer. One launch for each."""
 
 import ast
 import csv
@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, column, launch, read_log
+from measures import Run, beyond_bounds, measure
+from test_copies import TASKS, start_project
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -27,31 +29,32 @@ from transformers import (
     TrainingArguments,
 )
 
-TASKS = ("text_reranking", "text_classification", "causal_lm")
 MAY_CHANGE = {"data.py", "model.py", "metrics.py", "config.py", "report.py"}
 EPOCHS, GLOBAL_BATCH = 3, 8  # 41 rows: an epoch ends with a batch of one
 LAUNCH = ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4]  # x 2 processes
 LAUNCH += ["--per_device_eval_batch_size", 4, "--num_train_epochs", EPOCHS, "--logging_steps", 1]
 LAUNCH += ["--learning_rate", 5e-3, "--eval_steps", 0, "--report_to", "none"]
+UNCLIPPED = ["--max_steps", 7, "--max_grad_norm", 0]
+FAULTS = {  # {what is planted: the proof that finds it}, a part of those in tests/loop
+    "a DataLoader that is not prepared": "rows",
+    "a forward around the wrapper": "gradient",
+    "a positional join after the gather": "first evaluation",
+}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{task: the files of the repository, with its diff applied}"""
+    """{task: a project that is started as the README says}"""
     made = {}
     for task in TASKS:
-        folder = made[task] = tmp_path_factory.mktemp(task) / "copy"
-        shutil.copytree(REPOSITORY / "runtime", folder / "runtime")
-        for path in (*REPOSITORY.glob("*.py"), REPOSITORY / "ruff.toml"):
-            if path.name != "sample_data.py":
-                shutil.copy(path, folder)
-        subprocess.run(["git", "apply", diff_of(task)], cwd=folder, check=True)
+        made[task] = tmp_path_factory.mktemp(task) / "copy"
+        start_project(made[task], task)
     return made
 
 
 @pytest.fixture(scope="module")
 def runs(folders):
-    """The run of a task by its name. Each is made once, by two processes."""
+    """The runs of a task by its name. Each launch is made once, of two processes."""
     made = {}
 
     def run_of(task):
@@ -63,17 +66,32 @@ def runs(folders):
 
 
 def run(task, copy):
-    tiny = runpy.run_path(str(REPOSITORY / "tests" / "project" / "tiny_tasks" / f"{task}.py"))
-    data, model, output = (copy.parent / name for name in ("data", "model", "output"))
+    tiny = runpy.run_path(str(copy / "tests" / "tiny_task.py"))
+    folder = copy.parent
+    data, model, output = (folder / name for name in ("data", "model", "output"))
     tiny["make_data"](data)
     tiny["make_model"](model, 0.0)
-    flags = ["--data_dir", data, "--model_name_or_path", model, "--output_dir", output]
-    flags += [*tiny["OPTIONS"], *LAUNCH]
-    launch(copy / "train.py", *flags, config="cpu_2_processes", cwd=copy)
+    flags = ["--data_dir", data, "--model_name_or_path", model, *tiny["OPTIONS"], *LAUNCH]
+    descriptions = []
+    for name in ("output", "unclipped", *FAULTS):
+        arguments = [*flags, "--output_dir", folder / name]
+        arguments += UNCLIPPED if name != "output" else []
+        description = {"name": name, "program": "train.py", "gradients": name != "output"}
+        description |= {"fault": name} if name in FAULTS else {}
+        descriptions.append(description | {"arguments": [str(word) for word in arguments]})
+    launch(
+        copy / "tests" / "loop" / "recorded_run.py",
+        config="cpu_2_processes",
+        cwd=copy,
+        RUNS=json.dumps(descriptions),
+        FOLDER=str(folder),
+        OMP_NUM_THREADS="1",
+    )
     first, lines = read_log(output)
     last = output / "checkpoints" / f"step_{lines[-1]['step']:08d}"
     counts = {path.rpartition("/")[2]: count for path, count in first["data"].items()}
     return Namespace(
+        recorded={each["name"]: Run(folder, each["name"], 2, 4) for each in descriptions},
         copy=copy,
         data=data,
         model=model,
@@ -108,7 +126,7 @@ def test_a_diff_is_small_and_changes_what_a_task_is(folders, task):
         for path in folders[task].glob("**/*.py")
         if path.read_bytes() != (REPOSITORY / path.relative_to(folders[task])).read_bytes()
     }
-    assert changed - MAY_CHANGE <= {"train.py", "evaluate.py"}
+    assert changed - MAY_CHANGE <= {"train.py", "evaluate.py", "tests/tiny_task.py"}
     for name in ("train.py", "evaluate.py"):  # of these main, and the table of evaluations
         before, after = (functions(folder / name) for folder in (REPOSITORY, folders[task]))
         assert {f for f in before | after if before.get(f) != after.get(f)} <= {
@@ -134,6 +152,18 @@ def test_the_files_of_a_copy_are_clean(folders, task):
 def test_a_tiny_task_is_as_small_as_a_copier_would_write_it(task):
     path = REPOSITORY / "tests" / "project" / "tiny_tasks" / f"{task}.py"
     assert 13 <= len(path.read_text(encoding="utf-8").splitlines()) <= 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_three_proofs_hold_for_it(runs, task):
+    """Rows, and the gradient, are what they are said to be; planted faults are found."""
+    recorded = runs(task).recorded
+    assert not beyond_bounds(measure(recorded["output"]))
+    found = measure(recorded["unclipped"])
+    assert found.keys() >= {"rows", "gradient", "items", "arrays"} and not beyond_bounds(found)
+    for fault, proof in FAULTS.items():
+        assert proof in beyond_bounds(measure(recorded[fault], recorded["unclipped"])), fault
 
 
 @pytest.mark.slow
