@@ -19,7 +19,7 @@ def pytest_addoption(parser):
         "--all", action="store_true", help="also the tests marked long: every way of running"
     )
     parser.addoption(
-        "--write-table", action="store_true", help="write the README's table of strategies anew"
+        "--write-table", action="store_true", help="write the table of docs/PARITY.md anew"
     )
 
 

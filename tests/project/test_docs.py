@@ -43,9 +43,8 @@ def definitions(path):
 def test_the_table_of_overrides_counts_the_lines():
     trainer = definitions(REPOSITORY / "tests" / "task" / "trainer_reference.py")
     ours = definitions(REPOSITORY / "evaluate.py")
-    rows = re.findall(
-        r"^\| `(\w+)`, (\d+) \| \[`(\w+)`\]\(evaluate.py#L\d+\), (\d+) \|", README, re.MULTILINE
-    )
+    page = (REPOSITORY / "docs" / "FROM_TRAINER.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`, (\d+) \| `(\w+)`, (\d+) \|", page, re.MULTILINE)
     assert [row[0] for row in rows] == list(trainer)[
         list(trainer).index("_maybe_log_save_evaluate") :
     ][:5]
@@ -59,7 +58,7 @@ def test_the_table_of_overrides_counts_the_lines():
 
 def test_links_to_lines_lead_to_the_functions():
     found = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(found) >= 6
+    assert len(found) >= 2
     for name, file, line in found:
         assert (
             (REPOSITORY / file)
@@ -98,14 +97,10 @@ def what_a_translation_keeps(text):
 
 
 def test_the_korean_readme_is_in_step():
-    """All but the table of test_parity.py, which is measured, and written into README.md only."""
-    english, table = re.subn(r"^<!-- parity -->\n(\|.*\n)+", "", README, flags=re.MULTILINE)
-    ours, korean = what_a_translation_keeps(english), what_a_translation_keeps(KOREAN)
+    ours, korean = what_a_translation_keeps(README), what_a_translation_keeps(KOREAN)
     ours["links"].remove("README.ko.md")
-    korean["links"] -= {"README.md", "README.md#the-same-numbers-everywhere"}
-    assert (
-        table == 1 and len(ours["blocks"]) >= 7 and "\n## The same numbers everywhere\n" in README
-    )
+    korean["links"].remove("README.md")
+    assert len(ours["blocks"]) >= 7
     for part in ours:
         assert korean[part] == ours[part], part
 
