@@ -16,9 +16,11 @@ import functools
 import hashlib
 import json
 import os
+import stat
+import unicodedata
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +113,7 @@ class Table:
     """
 
     path: Path
-    counts: dict  # {"used": N, "no_candidates": ..., "too_many_candidates": ...}
+    counts: dict  # {"used": N, what else became of rows: how many, what is odd: how many of the N}
     positions: np.ndarray  # int64 (N,), as in Row, and so are the numbers
     numbers: np.ndarray  # int64 (N,)
     queries: np.ndarray  # int64 (N,), pages
@@ -124,6 +126,11 @@ class Table:
     def candidates(self, row):
         """The elements of one row: int32 (its candidates,)."""
         return self.listed[self.starts[self.lists[row]] : self.starts[self.lists[row] + 1]]
+
+    @property
+    def num_others(self):
+        """How many candidates of each row are not the relevant one: int64 (N,)."""
+        return np.diff(self.starts)[self.lists] - (self.labels >= 0)
 
     def padded_candidates(self):
         """The elements of all rows: int32 (N, C), padded with -1."""
@@ -139,7 +146,8 @@ class Table:
 def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: dict) -> Table:
     """Read a CSV. Rows without candidates and rows with `max_candidates` or more are left out.
 
-    New keys get the next numbers of query_ids and element_ids. Raises UserError.
+    New keys get the next numbers of query_ids and element_ids. Raises UserError, also where the
+    relevant element is missing from the candidates of every row, or is the only one.
     """
     counts = {"used": 0, "no_candidates": 0, "too_many_candidates": 0}
     rows = array("q")
@@ -166,7 +174,20 @@ def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: di
     columns = np.ascontiguousarray(np.asarray(rows).reshape(-1, 6).T)  # (6, N)
     starts = np.cumsum([0, *map(len, lists)]) // 4
     listed = np.frombuffer(b"".join(lists), np.int32)
-    return Table(path, counts, *columns, starts=starts, listed=listed)
+    table = Table(path, counts, *columns, starts=starts, listed=listed)
+    for name, odd, what in (
+        ("missing", table.labels < 0, "is not among the candidates, letter by letter"),
+        ("alone", table.num_others == 0, "is the only candidate, so nothing is ranked"),
+    ):
+        counts[f"relevant_{name}"] = int(odd.sum())
+        if odd.mean() > 0.1:
+            first = f"the first is row {table.numbers[odd][0]}"
+            message = f"{path}: in {odd.sum()} of {len(odd)} rows resourceKey {what}; {first}"
+            if odd.all():
+                raise UserError(message)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warning: {message}", flush=True)
+    return table
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -196,6 +217,7 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict]]
     csv.field_size_limit(CELL_LIMIT)
     number = 1
     try:
+        require_file(path)
         with open(path, newline="", encoding="utf-8-sig") as file:  # with or without a BOM
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
@@ -323,15 +345,30 @@ def read_images(root, size, keep, keys):
 
 
 def find_image(root: str, key: str) -> str:
-    """The file of a key, inside `root`, a folder's real path. Raises UserError."""
-    name = f"{key}.png"
+    """The file of a key, inside `root`, a folder's real path. Raises UserError.
+
+    Macs spell a Korean letter in pieces (NFD), others mostly whole (NFC): a name in the one form
+    finds a file in the other.
+    """
+    forms = (key, unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key))
+    paths = [os.path.join(root, f"{form}.png") for form in forms]
     try:
-        path = os.path.realpath(os.path.join(root, name), strict=True)  # links are followed
-    except (OSError, ValueError):  # absent, a null byte, a loop of links
-        raise UserError(f"{root}: there is no such file: {shorten(name)}") from None
+        key.encode()  # half a character could not be written to metric.csv
+        path = next(filter(os.path.lexists, paths), paths[0])
+        path = os.path.realpath(path, strict=True)  # links are followed
+        require_file(path)
+    except (OSError, ValueError) as error:  # also a null byte, or what the locale cannot spell
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{root}: {shorten(f'{key}.png')}: {reason}") from None
     if not path.startswith(os.path.join(root, "")):
         raise UserError(f"{shorten(key)} points outside {root}")
     return path
+
+
+def require_file(path):
+    """Raise an OSError unless it is a regular file: a FIFO would wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(0, "not a regular file")
 
 
 def decode_image(path, size: int) -> torch.Tensor:
@@ -340,7 +377,12 @@ def decode_image(path, size: int) -> torch.Tensor:
     It keeps its proportions and is centred on white.
     """
     with open_image(path) as image:
+        if image.mode == "L" and "transparency" in image.info:
+            # Pillow scales grey of 2 and 4 bits to 8, but not the one that is transparent.
+            image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
         image.load()
+        with suppress(Exception):  # damaged EXIF turns nothing: the picture itself can be whole
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # grey of 16 bits: convert() would clip it to white
             grey = np.asarray(image)
             transparent = grey == image.info.get("transparency")
@@ -360,14 +402,19 @@ def decode_image(path, size: int) -> torch.Tensor:
 def open_image(path):
     try:
         with Image.open(path, formats=FORMATS) as image:
+            image.filename = ""  # else it is mapped into memory, and a TIFF is then turned wrongly
             if image.width * image.height > PIXEL_LIMIT:
                 raise UserError(
                     f"{path}: {image.width} x {image.height} pixels; the limit is {PIXEL_LIMIT:,}"
                 )
-            if image.mode in ("I", "F"):  # nothing says what is white in them
+            # In the first two nothing says what is white. The others are not what Pillow gives.
+            stored = str(image.tile)  # how the pixels stand in the file
+            keyed = "RGB;16B" in stored and "transparency" in image.info
+            inverted = image.mode == "I;16" and getattr(image, "tag_v2", {}).get(262) == 0
+            if image.mode in ("I", "F") or "I;12" in stored or keyed or inverted:
                 raise UserError(
-                    f"{path}: pixels of 32 bits, or signed ones; "
-                    "save it with 8 bits a channel, or 16 unsigned"
+                    f"{path}: pixels of 32 bits, signed ones, grey of 12 bits or of 16 with 0 for "
+                    "white, or RGB of 16 with a transparent colour; save it with 8 bits a channel"
                 )
             yield image
     except UserError:
@@ -387,7 +434,7 @@ class SharedDataset(Dataset):
         self.table, self.pages, self.elements, self.seed = table, pages, elements, seed
         self.path, self.counts, self.positions = table.path, table.counts, table.positions
         self.name_item = self.name_row = table.name_row
-        self.num_others = np.diff(table.starts)[table.lists] - (table.labels >= 0)  # (N,)
+        self.num_others = table.num_others
         self.num_negatives = min(num_negatives, int(self.num_others.max()))  # k
         self.labels = np.zeros(len(self), dtype=np.int64)  # (N,): the relevant one comes first
         self.item_weights = np.ones(len(self))

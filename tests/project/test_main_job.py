@@ -39,6 +39,8 @@ def test_the_default_run_learns(tmp_path, monkeypatch):
         "used": 500,
         "no_candidates": 5,
         "too_many_candidates": 5,
+        "relevant_missing": 0,
+        "relevant_alone": 0,
     }
     last = lines[-1]["step"]
     for name, least in (("rerank/Recall@1", 0.62), ("rerank/MRR@100", 0.73)):

@@ -94,7 +94,8 @@ def test_rows(tmp_path_factory, column, cell):
     write_csv(data_dir / "csv" / "train.csv", [ROW, row])
     table, message = refusal(read_table, data_dir / "csv" / "train.csv", 400, {}, {})
     if message is None:
-        assert 1 <= table.counts["used"] == len(table.positions) and sum(table.counts.values()) == 2
+        used, *others = list(table.counts.values())[:3]
+        assert 1 <= used == len(table.positions) and used + sum(others) == 2
     else:
         assert "train.csv" in message
 
