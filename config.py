@@ -34,7 +34,9 @@ class Config:
         7, "candidates drawn for a row besides the relevant one", at_least=1
     )
     dataloader_num_workers: int = setting(
-        0, "per process; 0 is fastest if the decoded images fit in 2 GB, else try 4"
+        0,
+        "per process; 0 is fastest if the decoded images fit in 2 GB, else try 4",
+        check=("a whole number up to 256", lambda value: value <= 256),
     )
 
     # The model counts by its hash and not by its path.

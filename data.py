@@ -298,7 +298,7 @@ class Images:
             self.pixels = np.empty((len(keys), 3, size, size), dtype=np.uint8)
         # Most of the time before the first update is spent here. So all cores work: the processes
         # of this machine share them. A few images are read before a worker would start.
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         root, keep = os.path.realpath(folder), self.pixels is not None
         batches = DataLoader(
             keys,  # pyrefly: ignore[bad-argument-type]

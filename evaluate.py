@@ -34,14 +34,14 @@ from tqdm import tqdm
 
 from runtime import launch
 
-launch.refuse_hidden_library()
+__getattr__ = launch.refuse_hidden_library()
 
 import report
 from config import Config, EvaluateConfig, read_options
 from data import read_datasets
 from metrics import compute_metrics
 from model import load_model
-from runtime.batches import evaluation_batches, make_dataloader
+from runtime.batches import check_datasets, evaluation_batches, make_dataloader
 from runtime.checkpoint import read_training_config, save_checkpoint, save_model
 from runtime.evaluation import (
     check_metrics,
@@ -219,7 +219,8 @@ def main():
     launch.make_writable(config.output_dir)
     with launch.option_named(f"--model_dir {config.model_dir}"):
         model = load_model(config.model_dir)
-    evaluations = make_evaluations(*read_datasets(config, model, ("eval", "test_vocabulary")))
+    datasets = read_datasets(config, model, ("eval", "test_vocabulary"))
+    evaluations = make_evaluations(*check_datasets(accelerator, datasets))
     # To the device, in the precision of the training. There are no gradients, so no DDP.
     model = accelerator.prepare_model(model, evaluation_mode=True)
     for name, evaluation in evaluations.items():

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from runtime.launch import UserError, errors_in_one_line
+from runtime.launch import UserError, errors_in_one_line, option_named
 
 SEED = 0
 PAGE_SIZE, ELEMENT_SIZE = 96, 32  # pixels. An element has its own size in a page: widths compare.
@@ -59,7 +59,7 @@ def main():
 
 def build_once(accelerator, data_dir: str):
     """Build the data where it is absent, once on each machine. Every process must call this."""
-    with accelerator.local_main_process_first():
+    with accelerator.local_main_process_first(), option_named(f"--data_dir {data_dir}"):
         if accelerator.is_local_main_process and not Path(data_dir).exists():
             print(
                 f"building the default data, once: 25,000 small images in {data_dir}/, "
@@ -229,5 +229,5 @@ def load_font(font_file, size):
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
+    with errors_in_one_line(), option_named("--data_dir"):
         main()

@@ -25,7 +25,7 @@ from data import fingerprint, read_datasets
 from evaluate import check_metric_prefix, make_evaluations, maybe_log_save_evaluate
 from model import load_model
 from runtime import launch
-from runtime.batches import make_train_dataloader
+from runtime.batches import check_datasets, make_train_dataloader
 from runtime.checkpoint import hash_model, load_training_state, save_checkpoint
 from runtime.evaluation import check_outputs
 from runtime.resume import collect_losses, find_checkpoint, make_output_dir, make_state, resume
@@ -55,9 +55,9 @@ def main():
     model_dir = checkpoint or config.model_name_or_path
     with launch.option_named(f"--model_name_or_path {model_dir}"):
         model = load_model(model_dir)
-    accelerator.print(f"reading {config.data_dir}: all rows and images are checked before training")
+    accelerator.print(f"reading {config.data_dir}: all of it is checked before training")
     datasets = read_datasets(config, model, ("train", "eval", "test_vocabulary"))
-    train_dataset, eval_dataset, rerank_dataset = datasets
+    train_dataset, eval_dataset, rerank_dataset = check_datasets(accelerator, datasets)
     evaluations = make_evaluations(eval_dataset, rerank_dataset)
     depends_on = what_numbers_depend_on(config) | {
         "model": hash_model(accelerator, config.model_name_or_path),

@@ -13,7 +13,7 @@ A data set has
     positions           int64 (N,), where the rows stand in pandas.read_csv of the file.
     groups              [(range of items, batch sizes in a batch)]: which may share a batch.
     name_item(i), name_row(i)  what messages call them: a file and a row.
-    path, counts        its CSV, and {what became of the rows: how many}, for the log.
+    path, counts        its CSV, and {what became of the rows: how many}, for log and screen.
 In an evaluation on a DataLoader of its own an item is what goes through the model once: an image
 of several rows, or a prompt. Its data set also has
     score(outputs)      {name: (M, ...)}, what `forward` returned, to the predictions (N, C): scores
@@ -33,13 +33,14 @@ It runs on every process, on the same arrays, and writes no file.
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from runtime.launch import leave_signals_to_the_main_process
+from runtime.launch import UserError, leave_signals_to_the_main_process
 
 
 class Key(NamedTuple):
@@ -56,6 +57,30 @@ def index_and_weight(keys: list[Key]) -> dict[str, torch.Tensor]:
     """Of a batch: `index` int64 (B,), -1 for padding, and `weight` float32 (B,)."""
     index = torch.tensor([key.index if key.weight > 0 else -1 for key in keys])
     return {"index": index, "weight": torch.tensor([key.weight for key in keys])}
+
+
+NEEDED = "__len__ __getitems__ item_weights labels positions groups name_item name_row path counts"
+
+
+def check_datasets(accelerator, datasets: list) -> list:
+    """The data sets, if they keep the contract; prints their counts. Raises UserError."""
+    for dataset in datasets:
+        problems = [f"no {name}" for name in NEEDED.split() if not hasattr(dataset, name)]
+        if not problems:
+            weights = np.asarray(dataset.item_weights, dtype=np.float64)
+            if weights.shape != (len(dataset),) or not ((weights > 0) & (weights < math.inf)).all():
+                problems += [f"item_weights must be {len(dataset)} numbers above 0"]
+            batch = dataset.__getitems__([Key(0)])
+            given = batch if isinstance(batch, Mapping) else {}
+            problems += [f"no {n} from __getitems__" for n in ("index", "weight") if n not in given]
+        if problems:
+            raise UserError(
+                f"{type(dataset).__name__} of {getattr(dataset, 'path', 'no path')} breaks the "
+                f"contract of a data set in runtime/batches.py: {', '.join(problems)}"
+            )
+        counts = (f"{number} {name.replace('_', ' ')}" for name, number in dataset.counts.items())
+        accelerator.print(f"{dataset.path}: {', '.join(counts)}")
+    return datasets
 
 
 def make_train_dataloader(accelerator, dataset, state, config) -> DataLoader:
@@ -129,15 +154,17 @@ def evaluation_batches(
 ) -> list[list[Key]]:
     """The batches of an evaluation, as many for each process. groups: as in the contract.
 
-    Batches are cut before they are dealt, and padded to whole batch sizes. The last bits of an
-    output can depend on the shape of its batch, so the same weights give the same bits on any
-    number of processes, if these have as many threads: some attention kernels depend on that.
+    Batches are cut before they are dealt, and padded to whole batch sizes, none larger than its
+    group. The last bits of an output can depend on the shape of its batch, so the same weights give
+    the same bits on any number of processes, if these have as many threads: some attention kernels
+    depend on that.
     """
     batches = []
     for items, multiple in groups:
+        size = min(batch_size, len(items))
         keys = [Key(item) for item in items]
-        keys += [Key(items[0], weight=0.0)] * (-len(keys) % batch_size)
-        length = multiple * batch_size
+        keys += [Key(items[0], weight=0.0)] * (-len(keys) % size)
+        length = multiple * size
         batches += [keys[start : start + length] for start in range(0, len(keys), length)]
     # A process with a batch less than others gets one of padding, of a shape that is there already.
     padding = [key._replace(weight=0.0) for key in batches[-1]]

@@ -1,6 +1,7 @@
 """How a process begins and ends: the Accelerator, signals, and errors in one line."""
 
 import dataclasses
+import io
 import os
 import signal
 import sys
@@ -33,12 +34,23 @@ class UserError(ValueError):
 
 
 def refuse_hidden_library():
-    """`import evaluate` in metrics.py finds our evaluate.py. Python would tell of a circle."""
+    """`import evaluate` in metrics.py finds our evaluate.py. Python would tell of a circle.
+
+    Returns the __getattr__ of evaluate.py, for an import inside a function of metrics.py.
+    """
+    message = (
+        "in metrics.py `import evaluate` is our evaluate.py, not the library: import "
+        "what the library wraps (from sklearn.metrics import f1_score), or rename evaluate.py"
+    )
     if "metrics" in sys.modules and not hasattr(sys.modules["metrics"], "compute_metrics"):
-        sys.exit(
-            "error: in metrics.py `import evaluate` is our evaluate.py, not the library: import "
-            "what the library wraps (from sklearn.metrics import f1_score), or rename evaluate.py"
-        )
+        sys.exit(f"error: {message}")
+
+    def refuse(name):
+        if name in ("load", "combine", "evaluator"):
+            raise UserError(message)
+        raise AttributeError(f"evaluate.py has no {name!r}")
+
+    return refuse
 
 
 def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
@@ -277,6 +289,8 @@ def option_named(option: str):
 @contextmanager
 def errors_in_one_line():
     """End the program with one line for a UserError, however many processes meet it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of ASCII, and a folder in Korean
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

@@ -142,12 +142,13 @@ def read_value(one, text: str) -> Any:
         if kind is bool:
             return BOOLEANS[text.lower()]
         if kind is str:
-            if re.fullmatch(r"(?=.*\S)[^\0\n]+", text) and fits(text):
+            if re.fullmatch(r"(?=.*\S)[^\0\n\ud800-\udfff]+", text) and fits(text):
                 return os.path.expanduser(text)
-        # NaN compares as false. Numpy takes no seed of 2**32; any other number so large is a slip.
-        elif least <= (number := float(text)) < 2**32 and kind(number) == number and fits(number):
+        # NaN compares as false. Numpy takes no seed of 2**32, and each process adds its number to
+        # the seed. Any other number so large is a slip.
+        elif least <= (number := float(text)) < 2**31 and kind(number) == number and fits(number):
             return kind(number)
-    bounds = f", at least {least} and below 2**32" if kind in (int, float) else ""
+    bounds = f", at least {least} and below 2**31" if kind in (int, float) else ""
     raise ValueError(must_be + bounds)
 
 

@@ -7,6 +7,7 @@ preprocessing of that model; compare what the numbers depend on; load the optimi
 import importlib.metadata
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -169,7 +170,8 @@ def make_output_dir(accelerator: Accelerator, output_dir: str, resume_from_check
     """
     folder = Path(output_dir)
     named = Path(resume_from_checkpoint)
-    if resume_from_checkpoint not in ("auto", "never") and not (named / MANIFEST).is_file():
+    # Of os.path, which says no of a name that is too long. Path raises.
+    if resume_from_checkpoint not in ("auto", "never") and not os.path.isfile(named / MANIFEST):
         raise UserError(
             f"--resume_from_checkpoint {named}: no checkpoint is there; "
             "name a folder like output/checkpoints/step_00000200"
@@ -177,7 +179,7 @@ def make_output_dir(accelerator: Accelerator, output_dir: str, resume_from_check
     resumes = resume_from_checkpoint != "never" and (
         resume_from_checkpoint == "auto" or named.resolve().is_relative_to(folder.resolve())
     )
-    if (folder / "log.jsonl").exists() and not resumes:
+    if os.path.exists(folder / "log.jsonl") and not resumes:
         raise UserError(
             f"--output_dir {folder} holds a run already: name another one, remove it, "
             "or leave --resume_from_checkpoint out"

@@ -3,10 +3,14 @@
 import ast
 import importlib
 import inspect
+from argparse import Namespace
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 
+from runtime.batches import Key, check_datasets, evaluation_batches
+from runtime.launch import UserError
 from runtime.resume import TrainState
 
 SIGNATURES = """
@@ -23,6 +27,7 @@ launch.errors_in_one_line()
 launch.refuse_hidden_library()
 batches.Key(index, epoch=0, weight=1.0)
 batches.index_and_weight(keys)
+batches.check_datasets(accelerator, datasets)
 batches.make_train_dataloader(accelerator, dataset, state, config)
 batches.make_dataloader(accelerator, dataset, config, **sampling)
 batches.evaluation_batches(groups, batch_size, num_processes)
@@ -89,3 +94,72 @@ def test_the_top_calls_no_other_name(file):
             if node.value.id == "state":
                 assert node.attr in STATE.split()
     assert used and used <= {line.partition("(")[0] for line in SIGNATURES}
+
+
+# ---- what a data set must have
+
+
+class Three:
+    path, counts = "three.csv", {"used": 3, "too_short": 1}
+    item_weights = np.array([1.0, 2.0, 0.5])
+    labels = positions = np.arange(3)
+    groups = [(range(3), 1)]
+
+    def __len__(self):
+        return 3
+
+    def __getitems__(self, keys):
+        return {"index": [key.index for key in keys], "weight": [1.0] * len(keys)}
+
+    def name_item(self, item):
+        return f"row {item}"
+
+    name_row = name_item
+
+
+def check(kind):
+    check_datasets(Namespace(print=print), [Three(), kind()])
+
+
+def test_data_sets_that_keep_the_contract_are_counted_on_the_screen(capsys):
+    check(Three)
+    assert capsys.readouterr().out == "three.csv: 3 used, 1 too short\n" * 2
+
+
+NEEDED = ["__len__", "__getitems__", "item_weights", "labels", "positions", "groups"]
+NEEDED += ["name_item", "name_row", "path", "counts"]
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_what_a_data_set_lacks_is_named(name):
+    lacking = type("Lacking", (), {key: value for key, value in vars(Three).items() if key != name})
+    with pytest.raises(UserError, match=f"^Lacking of .* in runtime/batches.py: no {name}$"):
+        check(lacking)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"item_weights": np.ones(2)}, "item_weights must be 3 numbers above 0"),
+        ({"item_weights": np.array([1, 0, 1])}, "item_weights must be 3 numbers"),
+        ({"item_weights": [1, -1, 1]}, "item_weights must be 3 numbers"),
+        ({"item_weights": [1, np.nan, 1]}, "item_weights must be 3 numbers"),
+        ({"item_weights": [1, np.inf, 1]}, "item_weights must be 3 numbers"),
+        ({"item_weights": None}, "item_weights must be 3 numbers"),
+        ({"__getitems__": lambda self, keys: {"index": 1}}, "no weight from __getitems__"),
+        ({"__getitems__": lambda self, keys: {"weight": 1}}, "no index from __getitems__"),
+        ({"__getitems__": lambda self, keys: [{"index": 1}]}, "no index from __getitems__, no wei"),
+    ],
+)
+def test_a_data_set_that_breaks_the_contract(changed, message):
+    with pytest.raises(UserError) as error:
+        check(type("Broken", (Three,), changed))
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert "Broken of three.csv breaks the contract" in str(error.value)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_batch_of_an_evaluation_is_no_larger_than_its_group(processes):
+    batches = evaluation_batches([(range(10), 3), (range(10, 33), 1)], 10_000_000, processes)
+    assert batches[:2] == [list(map(Key, range(10))), list(map(Key, range(10, 33)))]
+    assert len(batches) == 2

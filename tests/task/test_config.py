@@ -72,7 +72,7 @@ def test_flags_go_over_the_yaml(write):
 
 def test_what_a_run_writes_can_be_read_again(write):
     run = Config(
-        learning_rate=1e-5, greater_is_better=True, project="null", output_dir="007", seed=2**32 - 1
+        learning_rate=1e-5, greater_is_better=True, project="null", output_dir="007", seed=2**31 - 1
     )
     assert read_config(["--config", str(write(yaml.safe_dump(asdict(run))))]) == run
     assert read_config(["--config", str(write(json.dumps(asdict(run))))]) == run
@@ -129,8 +129,8 @@ def test_the_last_flag_counts():
     [
         (
             ["--learning_rate", -1, "--num_train_epochs", "0"],
-            "--num_train_epochs is '0', it must be a whole number, at least 1 and below 2**32; "
-            "--learning_rate is '-1', it must be a number, at least 0 and below 2**32",
+            "--num_train_epochs is '0', it must be a whole number, at least 1 and below 2**31; "
+            "--learning_rate is '-1', it must be a number, at least 0 and below 2**31",
         ),
         (["--learning_rate", "nan"], "--learning_rate is 'nan', it must be a number"),
         (["--learning_rate", "inf"], "--learning_rate is 'inf'"),
@@ -138,9 +138,9 @@ def test_the_last_flag_counts():
         (["--learning_rate", "1e-"], "--learning_rate is '1e-', it must be a number"),
         (["--num_train_epochs", "3.5"], "--num_train_epochs is '3.5', it must be a whole number"),
         (["--max_steps", "-2"], "--max_steps is '-2', it must be a whole number, at least -1"),
-        (["--max_steps", "9" * 31], "below 2**32"),
-        (["--max_steps", "9" * 5000], "below 2**32"),
-        (["--seed", 2**32], "--seed is '4294967296'"),
+        (["--max_steps", "9" * 31], "below 2**31"),
+        (["--max_steps", "9" * 5000], "below 2**31"),
+        (["--seed", 2**31], "--seed is '2147483648'"),
         (["--warmup_steps", "1.5"], "it must be a whole number or a share below 1, at least 0"),
         (["--warmup_steps", "-0.1"], "--warmup_steps is '-0.1'"),
         (["--metric_for_best_model", "loss"], "it must be a name like eval/loss"),
@@ -209,8 +209,8 @@ def test_all_of_a_yaml_and_the_flags_are_told_at_once(write):
     assert refused("--config", file, "--tf32", "--max_steps", "a") == (
         f"--tf32: a Trainer option that is not here: edit the loop; "
         f"--config {file}: num_epochs: now --num_train_epochs; "
-        "--max_steps is 'a', it must be a whole number, at least -1 and below 2**32; "
-        f"--config {file}: seed is 'x', it must be a whole number, at least 0 and below 2**32"
+        "--max_steps is 'a', it must be a whole number, at least -1 and below 2**31; "
+        f"--config {file}: seed is 'x', it must be a whole number, at least 0 and below 2**31"
     )
 
 

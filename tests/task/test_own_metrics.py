@@ -24,6 +24,7 @@ import evaluate as our_evaluate
 from data import read_datasets
 from metrics import compute_metrics
 from model import load_model
+from runtime.launch import UserError
 
 PATH = None  # of test_vocabulary.csv; the fixture `data` sets it
 
@@ -150,3 +151,15 @@ def test_the_library_evaluate_is_hidden(program, line, tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     (message,) = done.stderr.splitlines()
     assert message.startswith("error: in metrics.py `import evaluate` is our evaluate.py")
+
+
+def test_the_library_is_hidden_from_a_function_too():
+    def imported():
+        from evaluate import load  # pyrefly: ignore[missing-module-attribute]
+
+        return load
+
+    for use in (imported, lambda: our_evaluate.load("accuracy"), lambda: our_evaluate.combine([])):
+        with pytest.raises(UserError, match="^in metrics.py `import evaluate` is our evaluate.py"):
+            use()
+    assert not hasattr(our_evaluate, "nothing")
