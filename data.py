@@ -168,9 +168,7 @@ def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: di
             of_row = lists.setdefault(array("i", elements).tobytes(), len(lists))
             rows.extend((row.position, row.number, query, relevant, label, of_row))
     if not rows:
-        raise UserError(
-            f"{path}: no row is left to use: {counts}, where too many is {max_candidates} or more"
-        )
+        raise UserError(f"{path}: no row is left to use: {counts}; {max_candidates} is too many")
     columns = np.ascontiguousarray(np.asarray(rows).reshape(-1, 6).T)  # (6, N)
     starts = np.cumsum([0, *map(len, lists)]) // 4
     listed = np.frombuffer(b"".join(lists), np.int32)
@@ -192,11 +190,8 @@ def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: di
 
 def read_rows(path: Path) -> Iterator[Row]:
     """The records of a CSV, checked. Cells are parsed as literals, never run. Raises UserError."""
-    parsers = {
-        "candidate_resourceKey": parse_keys,
-        "x_info": parse_literal,
-        "y_info": parse_literal,
-    }
+    parsers: dict[str, Any] = {"x_info": parse_literal, "y_info": parse_literal}
+    parsers |= {"candidate_resourceKey": parse_keys}
     for position, (number, cells) in enumerate(read_csv(path, COLUMNS)):
         values: dict[str, Any] = {}
         for name, parse in parsers.items():
@@ -236,9 +231,7 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict]]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}, after row {number}: not UTF-8 ({error.reason}); save it as UTF-8"
-        ) from None
+        raise UserError(f"{path}, after row {number}: save it as UTF-8: {error.reason}") from None
     except csv.Error as error:
         raise UserError(f"{path}, after row {number}: not a CSV ({error})") from None
 
@@ -345,11 +338,8 @@ def read_images(root, size, keep, keys):
 
 
 def find_image(root: str, key: str) -> str:
-    """The file of a key, inside `root`, a folder's real path. Raises UserError.
-
-    Macs spell a Korean letter in pieces (NFD), others mostly whole (NFC): a name in the one form
-    finds a file in the other.
-    """
+    """The file of a key, inside `root`, a folder's real path. Raises UserError."""
+    # Macs spell a Korean letter in pieces (NFD), others mostly whole: either form finds the other.
     forms = (key, unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key))
     paths = [os.path.join(root, f"{form}.png") for form in forms]
     try:
@@ -404,9 +394,7 @@ def open_image(path):
         with Image.open(path, formats=FORMATS) as image:
             image.filename = ""  # else it is mapped into memory, and a TIFF is then turned wrongly
             if image.width * image.height > PIXEL_LIMIT:
-                raise UserError(
-                    f"{path}: {image.width} x {image.height} pixels; the limit is {PIXEL_LIMIT:,}"
-                )
+                raise UserError(f"{path}: {image.size} pixels; the limit is {PIXEL_LIMIT:,}")
             # In the first two nothing says what is white. The others are not what Pillow gives.
             stored = str(image.tile)  # how the pixels stand in the file
             keyed = "RGB;16B" in stored and "transparency" in image.info
