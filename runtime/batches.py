@@ -33,12 +33,13 @@ It runs on every process, on the same arrays, and writes no file.
 
 import itertools
 import math
+import pickle
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from runtime.launch import UserError, leave_signals_to_the_main_process
 
@@ -108,7 +109,19 @@ def make_dataloader(accelerator, dataset, config, **sampling) -> DataLoader:
 
 def whole(batch):
     """The collate_fn: `__getitems__` makes a whole batch already."""
-    return batch
+    return batch if get_worker_info() is None else AsBytes(batch)
+
+
+class AsBytes:
+    """How a worker sends a batch, which arrives as it was. torch alone would send its tensors
+    through shared memory. Containers have 64 MB of that, and runs hang where it is full.
+    """
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __reduce__(self):
+        return pickle.loads, (pickle.dumps(self.batch),)
 
 
 class TrainSampler(Sampler):
