@@ -217,6 +217,7 @@ def main():
     accelerator = launch.make_accelerator(mixed_precision=config.mixed_precision)
     launch.refuse_sharded_weights(accelerator)
     launch.make_writable(config.output_dir)
+    launch.own(accelerator, config.output_dir)
     with launch.option_named(f"--model_dir {config.model_dir}"):
         model = load_model(config.model_dir)
     datasets = read_datasets(config, model, ("eval", "test_vocabulary"))

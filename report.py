@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import metrics
 from data import decode_image, find_image
-from runtime.launch import UserError
+from runtime.launch import UserError, optional
 
 with suppress(ImportError):
     from PIL import Image, ImageDraw, ImageFont
@@ -67,7 +67,8 @@ def write(folder, dataset, prediction):
     queries["rank"] = metrics.ranks_of_relevant(prediction.predictions, prediction.label_ids)
     queries = queries.assign(**metrics.measure_queries(prediction))
     write_metric_csv(folder / "metric.csv", dataset, prediction, queries)
-    draw_contact_sheet(folder / "contact_sheet.png", dataset, prediction, queries)
+    with optional("contact_sheet.png"):
+        draw_contact_sheet(folder / "contact_sheet.png", dataset, prediction, queries)
 
 
 def read_copied(dataset, positions):

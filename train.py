@@ -38,7 +38,7 @@ def main():
     accelerator = launch.make_accelerator(
         max_grad_norm=config.max_grad_norm,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=make_trackers(config.report_to, config.output_dir),
+        log_with=make_trackers(config.report_to, config.output_dir, config.project),
         project_dir=config.output_dir,
     )
     set_seed(config.seed)  # the same on every process: all start with the same weights
@@ -90,7 +90,7 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, evaluati
     set_seed(config.seed, device_specific=True)  # from here each process has its own dropout
     if checkpoint is not None:
         load_training_state(accelerator, checkpoint)
-    launch.watch_for_stop(accelerator)  # Ctrl+C and SIGTERM
+    launch.watch_for_stop(accelerator)  # Ctrl+C, SIGTERM, SIGHUP
     start_progress(accelerator, state)
     try:
         if not state.done:  # before the first update, or to redo an interrupted evaluation
@@ -129,7 +129,8 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, evaluati
         return stopped.status
     if accelerator.is_main_process:
         output_dir = Path(config.output_dir)
-        report.draw_curves(output_dir / "curves.png", output_dir / "log.jsonl")
+        with launch.optional("curves.png"):
+            report.draw_curves(output_dir / "curves.png", output_dir / "log.jsonl")
     accelerator.print(closing_table(state, config))
     return 0
 

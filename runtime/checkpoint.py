@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -25,6 +26,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
+from runtime import lock
 from runtime.card import write_card
 from runtime.launch import UserError, option_named
 
@@ -42,7 +44,7 @@ def save_checkpoint(accelerator: Accelerator, model, state, output_dir: str, tot
     folder = Path(output_dir) / "checkpoints"
     checkpoint = folder / f"step_{state.step:08d}"
     unfinished = folder / f".{checkpoint.name}-unfinished"
-    try:
+    with writing(f"the checkpoint of update {state.step}", output_dir):
         if accelerator.is_main_process:
             for left in folder.glob(".step_*"):
                 if re.fullmatch(r"\.step_\d{8}-(unfinished|removed)", left.name):  # after a kill
@@ -73,16 +75,33 @@ def save_checkpoint(accelerator: Accelerator, model, state, output_dir: str, tot
                 remove(checkpoint)
             os.rename(unfinished, checkpoint)
             flush(folder)
-            for old in checkpoints_in(folder)[total_limit:] if total_limit else []:
+            # A newer one is damaged: a run resumes from the newest that is whole.
+            older = [path for path in checkpoints_in(folder) if path.name <= checkpoint.name]
+            for old in older[total_limit:] if total_limit else []:
                 remove(old)
         accelerator.wait_for_everyone()
+
+
+@contextmanager
+def writing(what: str, output_dir: str | Path):
+    """What must be written, or the run ends with a UserError that says what is safe."""
+    try:
+        if lock.is_lost():
+            raise UserError(
+                f"{what} is not written: this run stood still for long, and another one owns "
+                f"{output_dir} by now. What was saved is safe"
+            )
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "file" not in str(error):
-            raise  # else torch says so of a full disk
-        safe = ", ".join(path.name for path in checkpoints_in(folder)) or "none before it"
+        reason = str(error).splitlines()[0]
+        if isinstance(error, RuntimeError):  # torch says so of a full disk, in these words
+            if not re.search("file|iostream|inline_container", reason):
+                raise
+            reason += " (is the disk full?)"
+        safe = ", ".join(path.name for path in checkpoints_in(Path(output_dir) / "checkpoints"))
         raise UserError(
-            f"the checkpoint of update {state.step} could not be written to {folder}: "
-            f"{str(error).splitlines()[0]}. Safe: {safe}. "
+            f"{what} could not be written to {output_dir}: {reason}. "
+            f"Safe: {safe or 'no checkpoint yet'}. "
             "Correct this, and the same command resumes from there"
         ) from None
 
@@ -128,21 +147,28 @@ def remove(checkpoint):
     shutil.rmtree(removed)
 
 
-def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
+def newest_checkpoint(accelerator: Accelerator, folder: Path, needed=()) -> Path | None:
     """The newest whole checkpoint, or None. Names damaged ones. Every process must call this."""
     for checkpoint in checkpoints_in(folder):
-        problem = check_checkpoint(accelerator, checkpoint)
+        problem = check_checkpoint(accelerator, checkpoint, needed)
         if problem is None:
             return checkpoint
         accelerator.print(f"{checkpoint} is damaged, so it is passed over: {problem}")
     return None
 
 
-def check_checkpoint(accelerator: Accelerator, checkpoint: Path) -> str | None:
-    """What is wrong with it, or None. Each process checks a share: every one must call this."""
+def check_checkpoint(accelerator: Accelerator, checkpoint: Path, needed=()) -> str | None:
+    """What is wrong with it, or None. Each process checks a share: every one must call this.
+
+    needed: names that run.json must have.
+    """
     problem = None
     try:
-        described = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest, run = read_checkpoint(checkpoint)
+        absent = [*({"files", "depends_on", "versions"} - {*manifest}), *({*needed} - {*run})]
+        if absent:
+            problem = f"it was saved without {', '.join(absent)}"
+        described = manifest.get("files", {})
         missing = sorted(described.keys() - set(files_of(checkpoint)))
         if missing:
             problem = f"{missing[0]} is missing"
@@ -150,12 +176,12 @@ def check_checkpoint(accelerator: Accelerator, checkpoint: Path) -> str | None:
             if problem is None and describe_file(checkpoint / name) != described[name]:
                 problem = f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{MANIFEST}: {error}"
+        problem = f"{MANIFEST} or run.json: {error}"
     return next((one for one in gather_object([problem]) if one is not None), None)
 
 
 def read_checkpoint(checkpoint):
-    """(manifest.json, run.json) of a checkpoint that was checked."""
+    """(manifest.json, run.json) of a checkpoint."""
     return [
         json.loads((checkpoint / name).read_text(encoding="utf-8"))
         for name in (MANIFEST, "run.json")
@@ -190,22 +216,23 @@ def save_model(accelerator: Accelerator, model, folder: Path, state):
     any moment the folder is a whole model, the old one or the new one.
     """
     unfinished = folder.with_name(f".{folder.name}-unfinished")
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    write_model(accelerator, model, unfinished, state)
-    if accelerator.is_main_process:
-        for file in unfinished.iterdir():
-            flush(file)
-        if folder.exists():
-            for file in sorted(
-                unfinished.iterdir(), key=lambda file: file.suffix == ".safetensors"
-            ):
-                os.replace(file, folder / file.name)
-            unfinished.rmdir()
-        else:
-            os.rename(unfinished, folder)
-        flush(folder)
-    accelerator.wait_for_everyone()
+    with writing(f"the model in {folder.name}/", folder.parent):
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        write_model(accelerator, model, unfinished, state)
+        if accelerator.is_main_process:
+            for file in unfinished.iterdir():
+                flush(file)
+            if folder.exists():
+                for file in sorted(
+                    unfinished.iterdir(), key=lambda file: file.suffix == ".safetensors"
+                ):
+                    os.replace(file, folder / file.name)
+                unfinished.rmdir()
+            else:
+                os.rename(unfinished, folder)
+            flush(folder)
+        accelerator.wait_for_everyone()
 
 
 def write_model(accelerator, model, folder, state):
@@ -228,9 +255,11 @@ def read_training_config(model_dir: str, needed) -> dict:
             f"--model_dir {model_dir}: there is no {TRAINING_CONFIG} in it; "
             "name a folder that train.py saved"
         )
-    with option_named(f"--model_dir {model_dir}"):
+    with option_named(f"--model_dir {path}"):
         config = json.loads(path.read_text(encoding="utf-8"))
-        missing = sorted(set(needed) - set(config))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no options")
+        missing = sorted({*needed, "mixed_precision"} - set(config))
     if missing:
         raise UserError(
             f"{path} has no {', '.join(missing)}: another version of this template saved it. "

@@ -1,13 +1,12 @@
 """How a process begins and ends: the Accelerator, signals, and errors in one line."""
 
 import dataclasses
-import io
 import os
 import signal
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +18,16 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     is_deepspeed_available,
 )
+from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
+from runtime import lock
+
+SAFE = "what was saved is safe, and the same command resumes from there"
 TIMEOUT = timedelta(hours=2)  # a process that is dead is noticed at once all the same
 
 
@@ -203,17 +207,22 @@ class Stopped(Exception):
         self.status = 128 + signal_number  # 130 for Ctrl+C, 143 for SIGTERM, as shells say it
 
 
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _stop = SimpleNamespace(signal=0, group=None, launcher=None)
 
 
 def watch_for_stop(accelerator: Accelerator):
-    """From now on SIGTERM and SIGINT wait for `stop_if_asked`. Every process must call this."""
+    """From now on the signals of STOP wait for `stop_if_asked`. Every process must call this."""
 
     def remember(number, frame):
         _stop.signal = number
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, remember)
+    # `nohup` ignores SIGHUP. But torchrun's launcher, which starts several processes, ends at it
+    # even so, and ends them 30 s later.
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    for number in STOP:
+        if number != signal.SIGHUP or not nohup or "TORCHELASTIC_RUN_ID" in os.environ:
+            signal.signal(number, remember)
     # These are set by `accelerate launch` and torchrun. The parent of `python train.py` is a shell,
     # which may end first.
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
@@ -235,7 +244,8 @@ def stop_if_asked():
 
 def leave_signals_to_the_main_process(worker):
     """For DataLoader workers: a signal must not end them while their process needs batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     # Not ignored: a process that ends sends SIGTERM to its workers and waits until they are gone.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
@@ -248,6 +258,20 @@ def make_writable(folder: str | Path):
             pass
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written: {error.strerror}") from None
+
+
+def own(accelerator: Accelerator, folder: str | Path):
+    """Refuse the folder to other runs until `finish`. Every process must call this.
+
+    Process 0 owns it. Raises UserError if another run does.
+    """
+    problem: list = [None]
+    if accelerator.is_main_process:
+        with option_named(f"--output_dir {folder}"):
+            problem = [lock.take(Path(folder) / ".owner")]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(f"--output_dir {folder}: {problem[0]}")
 
 
 def check_shared(accelerator: Accelerator, folder: Path):
@@ -273,6 +297,17 @@ def finish(accelerator: Accelerator):
     # for that thread.
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    lock.give_back()
+
+
+@contextmanager
+def optional(what: str):
+    """What a run can do without. A failure is one line, and the run continues."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        tqdm.write(f"{what} is left out: {reason:.300}")
 
 
 @contextmanager
@@ -289,12 +324,12 @@ def option_named(option: str):
 @contextmanager
 def errors_in_one_line():
     """End the program with one line for a UserError, however many processes meet it."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of ASCII, and a folder in Korean
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        drop_failed_writes(stream)
     try:
         yield
     except UserError as error:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP:
             signal.signal(number, signal.SIG_DFL)
         # Process 0 most likely has the same to say. The others give it time, and its end ends them.
         # Process 0 waits a little too, for the reason given in `finish`.
@@ -308,6 +343,9 @@ def errors_in_one_line():
             say_and_exit("interrupted before training began: nothing was lost", 130)
         os._exit(130)
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            said = str(error).splitlines()[0]
+            say_and_exit(f"error: {said} Out of memory? {SAFE}", 1)
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
         # Another process is gone. It has said why, or it was killed. The launcher ends the others
@@ -315,13 +353,32 @@ def errors_in_one_line():
         if os.environ.get("RANK", "0") == "0":
             say_and_exit(
                 "another process ended: the reason stands above, or it was killed from outside "
-                "(out of memory?); what was saved is safe, and the same command resumes from there",
+                f"(out of memory?); {SAFE}",
                 1,
             )
         os._exit(1)
 
 
+def drop_failed_writes(stream):
+    """For a terminal that is closed, a pipe whose reader is gone, and letters it cannot spell.
+
+    Ctrl+C on `train.py | tee log` ends tee, and what the run says then must not end its save.
+    """
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+
+    def tolerant(method):
+        def call(*arguments):
+            with suppress(OSError):
+                return method(*arguments)
+
+        return call
+
+    stream.write, stream.flush = tolerant(stream.write), tolerant(stream.flush)
+
+
 def say_and_exit(message, status):
+    lock.give_back()
     print(f"\n{message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)  # not sys.exit, which would wait for DataLoader workers

@@ -7,6 +7,7 @@ preprocessing of that model; compare what the numbers depend on; load the optimi
 import importlib.metadata
 import json
 import math
+import operator
 import os
 import time
 from collections.abc import Callable
@@ -17,9 +18,16 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from runtime import launch
 from runtime.batches import updates_per_epoch
-from runtime.checkpoint import MANIFEST, check_checkpoint, newest_checkpoint, read_checkpoint
-from runtime.launch import UserError, check_shared, describe_strategy, make_writable
+from runtime.checkpoint import (
+    MANIFEST,
+    check_checkpoint,
+    checkpoints_in,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from runtime.launch import UserError
 
 PACKAGES = ("torch", "accelerate", "transformers", "numpy")
 
@@ -102,7 +110,7 @@ def make_state(accelerator: Accelerator, config, train_dataset, depends_on: dict
     return TrainState(
         num_updates=config.max_steps if config.max_steps > 0 else num_updates,
         global_batch_size=global_batch_size,
-        depends_on=depends_on | describe_strategy(accelerator),
+        depends_on=depends_on | launch.describe_strategy(accelerator),
         training_config=asdict(config) | precision,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         name_item=train_dataset.name_item,
@@ -164,7 +172,7 @@ def training_metrics(state: TrainState) -> dict[str, float]:
 
 
 def make_output_dir(accelerator: Accelerator, output_dir: str, resume_from_checkpoint: str):
-    """Make the folder. All must be able to write to it, and it must hold no other run.
+    """Make the folder, and own it. All must be able to write to it, and it must hold no other run.
 
     Every process must call this. Raises UserError.
     """
@@ -179,14 +187,22 @@ def make_output_dir(accelerator: Accelerator, output_dir: str, resume_from_check
     resumes = resume_from_checkpoint != "never" and (
         resume_from_checkpoint == "auto" or named.resolve().is_relative_to(folder.resolve())
     )
-    if os.path.exists(folder / "log.jsonl") and not resumes:
+    log = folder / "log.jsonl"
+    if os.path.exists(log):
+        with launch.option_named(f"--output_dir {folder}"):
+            open(log, "a").close()
+    if os.path.exists(log) and not resumes:
         raise UserError(
             f"--output_dir {folder} holds a run already: name another one, remove it, "
             "or leave --resume_from_checkpoint out"
         )
     accelerator.wait_for_everyone()  # nobody writes before all have looked
-    make_writable(folder)
-    check_shared(accelerator, folder)
+    launch.make_writable(folder)
+    launch.own(accelerator, folder)
+    for name in ("checkpoints", "best"):
+        if (folder / name).exists():  # it may be a file, or somebody else's
+            launch.make_writable(folder / name)
+    launch.check_shared(accelerator, folder)
 
 
 def find_checkpoint(
@@ -195,14 +211,27 @@ def find_checkpoint(
     """The checkpoint that the run resumes from, or None. Every process must call this."""
     if resume_from_checkpoint == "never":
         return None
+    folder = Path(output_dir) / "checkpoints"
+    ours = checkpoints_in(folder)
     if resume_from_checkpoint == "auto":
-        return newest_checkpoint(accelerator, Path(output_dir) / "checkpoints")
-    problem = check_checkpoint(accelerator, Path(resume_from_checkpoint))
+        newest = newest_checkpoint(accelerator, folder, SAVED)
+        if ours and newest is None:
+            raise UserError(
+                f"--output_dir {output_dir}: none of its {len(ours)} checkpoints can be read: move "
+                "them away to start again, or name another folder"
+            )
+        return newest
+    named = Path(resume_from_checkpoint)
+    problem = check_checkpoint(accelerator, named, SAVED)
     if problem is not None:
+        raise UserError(f"--resume_from_checkpoint {named}: it is damaged: {problem}")
+    step = read_checkpoint(named)[1]["step"]
+    if ours and ours[0].name > f"step_{step:08d}":
         raise UserError(
-            f"--resume_from_checkpoint {resume_from_checkpoint}: it is damaged: {problem}"
+            f"--resume_from_checkpoint {named}: {output_dir} has newer ones, up to {ours[0].name}, "
+            "which a run from here would mix with its own: name another --output_dir"
         )
-    return Path(resume_from_checkpoint)
+    return named
 
 
 def resume(accelerator: Accelerator, state: TrainState, checkpoint: Path | None, output_dir: str):
@@ -212,10 +241,15 @@ def resume(accelerator: Accelerator, state: TrainState, checkpoint: Path | None,
     asked of the run whose log is in output_dir.
     """
     folder = Path(output_dir)
+    log = folder / "log.jsonl"
+    first, lines, damaged = read_log(log)
+    if first is None and (damaged or lines) and (checkpoint is None or not lines):
+        raise UserError(
+            f"{log} is another program's, or damaged: move it away, or name another --output_dir"
+        )
     if checkpoint is None:
-        before = first_line(folder / "log.jsonl")
-        if before is not None:
-            compare(state, before.get("depends_on", {}), folder)
+        if first is not None:
+            compare(state, first["depends_on"], folder)
             accelerator.print(f"{folder} holds a run without a whole checkpoint: it starts again")
         return
     manifest, saved = read_checkpoint(checkpoint)
@@ -248,10 +282,17 @@ def compare(state, before, what):
         )
 
 
-def first_line(log: Path) -> dict | None:
-    """What `start_trackers` wrote into log.jsonl, or None."""
-    try:
-        with open(log, encoding="utf-8") as file:
-            return json.loads(file.readline())
-    except (OSError, ValueError):  # there is none, or a kill cut it short
-        return None
+def read_log(log: Path) -> tuple[dict | None, list, list]:
+    """The line of log.jsonl that describes the run, if it is there, and [(step, text)] of all that
+    are whole, and the numbers of those that are not: after a full disk, or a loss of power.
+    """
+    first, lines, damaged = None, [], []
+    for number, line in enumerate(log.read_bytes().splitlines() if log.exists() else [], 1):
+        try:
+            values = json.loads(line.decode("utf-8"))
+            lines.append((operator.index(values["step"]), line.decode("utf-8")))
+            if first is None and isinstance(values.get("depends_on"), dict):
+                first, lines = values, lines[-1:]
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            damaged.append(number)
+    return first, lines, damaged

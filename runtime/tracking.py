@@ -1,5 +1,6 @@
 """What a run leaves to read: log.jsonl, the trackers, the screen. A step is one line of the log."""
 
+import inspect
 import json
 import math
 import os
@@ -11,17 +12,21 @@ from pathlib import Path
 
 import yaml
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 from tqdm import tqdm
 from transformers.utils import flatten_dict
 
-from runtime.launch import UserError
-from runtime.resume import TrainState
+from runtime.checkpoint import writing
+from runtime.launch import UserError, option_named, optional
+from runtime.resume import TrainState, read_log
 
 
-def make_trackers(report_to: str, output_dir: str) -> list:
-    """What the Accelerator logs with: log.jsonl, and what report_to names. Raises UserError."""
+def make_trackers(report_to: str, output_dir: str, project: str | None = None) -> list:
+    """What the Accelerator logs with: log.jsonl, and what report_to names. Raises UserError.
+
+    project: wandb is asked here whether it takes it, before anything is spent.
+    """
     names = [] if report_to == "none" else report_to.replace(" ", "").split(",")
     known = [name for name in LoggerType.list() if name != "all"]
     installed = [str(name) for name in get_available_trackers()]
@@ -36,7 +41,29 @@ def make_trackers(report_to: str, output_dir: str) -> list:
                 f"--report_to {report_to}: {name} is not installed "
                 f"(there is {', '.join(installed) or 'none'}): pip install {name}"
             )
+    if "wandb" in names and project is not None and os.environ.get("RANK", "0") == "0":
+        set_up_wandb(project, output_dir)
     return [JsonlTracker(Path(output_dir) / "log.jsonl"), *names]
+
+
+def set_up_wandb(project: str, output_dir: str):
+    """Without a key it logs offline, and a line says so. Raises UserError if it would not start."""
+    import wandb  # here, since it takes 0.6 s
+
+    with option_named("--report_to wandb"):
+        try:
+            wandb.Settings(project=project)
+            has_key = wandb.login(prompt=False, verify=False)
+        except Exception as error:
+            raise ValueError(error) from None
+        if os.environ.get("WANDB_MODE") == "online" and not has_key:
+            raise ValueError("WANDB_MODE is online, and there is no key: wandb login")
+    if "WANDB_MODE" not in os.environ and not has_key:
+        os.environ["WANDB_MODE"] = "offline"
+        print(
+            "wandb has no key here, so it logs offline; "
+            f"to upload: wandb sync {output_dir}/wandb/offline-run-*"
+        )
 
 
 def start_trackers(accelerator: Accelerator, config, state: TrainState, datasets: list):
@@ -57,18 +84,22 @@ def start_trackers(accelerator: Accelerator, config, state: TrainState, datasets
         "depends_on": state.depends_on,
         "run_id": os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex(),
     }
-    if accelerator.is_main_process:
-        facts = keep_lines(Path(config.output_dir) / "log.jsonl", state) or facts
+    if not accelerator.is_main_process:
+        return
+    facts = keep_lines(Path(config.output_dir) / "log.jsonl", state, facts)
+    with optional("run.yaml"):
         write_run_yaml(Path(config.output_dir) / "run.yaml", facts)
-    options = {}
-    if LoggerType.WANDB in accelerator.log_with:
-        run = {"id": facts["run_id"], "resume": "allow"}
-        options["wandb"] = wandb_options(accelerator, config.output_dir) | run
-    accelerator.init_trackers(config.project, init_kwargs=options)
-    for tracker in accelerator.trackers:  # on the main process; the others have none
-        # Only these two take values inside of values. The others get names as config.learning_rate.
-        nested = tracker.name in ("jsonl", "wandb")
-        tracker.store_init_configuration(facts if nested else flatten_dict(facts))
+    jsonl, *names = accelerator.log_with
+    accelerator.trackers = [jsonl]
+    for name in map(str, names):
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        where = [accelerator.logging_dir] if kind.requires_logging_directory else []
+        options = wandb_options(facts["run_id"], config.output_dir) if name == "wandb" else {}
+        tracker = OptionalTracker(kind(config.project, *where, **options))
+        accelerator.trackers.append(tracker)
+        tracker.start()
+        # Only wandb takes values inside of values. The others get names as config.learning_rate.
+        tracker.store_init_configuration(facts if name == "wandb" else flatten_dict(facts))
 
 
 def write_run_yaml(path: Path, facts: dict):
@@ -80,42 +111,53 @@ def write_run_yaml(path: Path, facts: dict):
     path.write_text(text + options, encoding="utf-8")
 
 
-def wandb_options(accelerator: Accelerator, output_dir: str) -> dict:
-    """Options of wandb.init. Without a key it logs offline, and a line says so."""
-    import wandb  # here, since it takes 0.6 s
+def wandb_options(run_id: str, output_dir: str) -> dict:
+    """Options of wandb.init."""
+    import wandb
 
-    offline = False
-    if "WANDB_MODE" not in os.environ and accelerator.is_main_process:
-        offline = not wandb.login(prompt=False)
-    if offline:
-        print(
-            "wandb has no key here, so it logs offline; "
-            f"to upload: wandb sync {output_dir}/wandb/offline-run-*"
-        )
-    return {
-        "dir": output_dir,
-        "mode": "offline" if offline else None,
-        "settings": wandb.Settings(silent=offline),
-    }
+    offline = os.environ.get("WANDB_MODE") == "offline"
+    # Seconds that it waits for its server. What it could not send stays in output_dir.
+    settings = wandb.Settings(silent=offline, init_timeout=30, finish_timeout=600)
+    mode = "offline" if offline else None  # wandb has read the environment before
+    return {"dir": output_dir, "mode": mode, "id": run_id, "resume": "allow", "settings": settings}
 
 
-def keep_lines(log: Path, state: TrainState) -> dict | None:
-    """Drop the lines after the resumed step. Return the first line, or None where none is left."""
-    if not log.exists():
-        return None
-    kept = []
-    for line in log.read_text(encoding="utf-8").splitlines() if state.step > 0 else []:
-        try:
-            step = json.loads(line)["step"]
-        except ValueError:  # a kill cut it short
-            continue
+class OptionalTracker:
+    """A tracker whose first failure is one line, and its last call. log.jsonl has everything."""
+
+    def __init__(self, tracker: GeneralTracker):
+        self.wrapped, self.works = tracker, True
+
+    def __getattr__(self, name):
+        value = getattr(self.wrapped, name)
+
+        def call(*arguments, **options):
+            if self.works:
+                self.works = False
+                with optional(f"{self.wrapped.name}, from here on,"):
+                    value(*arguments, **options)
+                    self.works = True
+
+        return call if inspect.ismethod(value) else value
+
+
+def keep_lines(log: Path, state: TrainState, facts: dict) -> dict:
+    """Drop the lines after the resumed step. The first one stays, or is `facts`. Returns it."""
+    first, lines, damaged = read_log(log)
+    first = first if state.step > 0 else None
+    kept = [] if first else [json.dumps({"step": 0, **facts}, ensure_ascii=False)]
+    for step, line in lines if state.step > 0 else []:
         # The step itself is logged again if what is due at it was not done.
         if not kept or step < state.step or (step == state.step and state.done):
             kept.append(line)
-    unfinished = log.with_name(f".{log.name}-unfinished")  # a kill leaves one or the other whole
-    unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(unfinished, log)
-    return json.loads(kept[0]) if kept else None
+    with writing("log.jsonl", log.parent):
+        if damaged:
+            copy = shutil.copy(log, log.with_name("damaged_log.jsonl"))
+            print(f"{log}: lines {damaged} are damaged and left out; {copy} has them")
+        unfinished = log.with_name(f".{log.name}-unfinished")  # a kill leaves one or the other
+        unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(unfinished, log)
+    return facts | (first or {})
 
 
 def git_commit() -> str | None:
@@ -143,18 +185,15 @@ class JsonlTracker(GeneralTracker):
     def tracker(self):
         return self.path
 
-    def store_init_configuration(self, values):
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            self.log(values, step=0)
-
     def log(self, values, step=None, **kwargs):
         # JSON has no inf and no NaN. A gradient norm is one where fp16 skips an update.
         values = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+        line = json.dumps({"step": step, **values}, ensure_ascii=False) + "\n"
+        with writing("log.jsonl", self.path.parent), open(self.path, "a", encoding="utf-8") as file:
+            file.write(line)
 
 
 def write_report(accelerator: Accelerator, name: str, evaluation, prediction, folder: Path, step):
@@ -164,17 +203,19 @@ def write_report(accelerator: Accelerator, name: str, evaluation, prediction, fo
     metric_{name}.csv. step: None where nothing is tracked.
     """
     unfinished = folder / f".report-{name}"
-    shutil.rmtree(unfinished, ignore_errors=True)  # after a kill
-    unfinished.mkdir()
-    evaluation.report(unfinished, evaluation.dataset, prediction)
     suffix = "" if name == "rerank" else f"_{name}"
-    for file in sorted(unfinished.iterdir()):
-        path = folder / f"{file.stem}{suffix}{file.suffix}"
-        os.replace(file, path)
-        for tracker in accelerator.trackers:
-            if tracker.name == "wandb" and path.suffix == ".png":
-                tracker.log_images({f"{name}/{file.stem}": [str(path)]}, step=step)
-    unfinished.rmdir()
+    what = f"the report of {name}"
+    with option_named(what) if step is None else optional(what):  # evaluate.py is asked for it
+        shutil.rmtree(unfinished, ignore_errors=True)  # after a kill
+        unfinished.mkdir()
+        evaluation.report(unfinished, evaluation.dataset, prediction)
+        for file in sorted(unfinished.iterdir()):
+            path = folder / f"{file.stem}{suffix}{file.suffix}"
+            os.replace(file, path)
+            for tracker in accelerator.trackers:
+                if tracker.name == "wandb" and path.suffix == ".png":
+                    tracker.log_images({f"{name}/{file.stem}": [str(path)]}, step=step)
+        unfinished.rmdir()
 
 
 def start_progress(accelerator: Accelerator, state: TrainState):
