@@ -16,14 +16,24 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import wandb_file
-from conftest import REPOSITORY, SIDE_BY_SIDE, column, launch, launch_environment, read_log
+from conftest import (
+    REPOSITORY,
+    SIDE_BY_SIDE,
+    column,
+    launch,
+    launch_command,
+    launch_environment,
+    read_log,
+)
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import train
+from runtime import lock
 from runtime.checkpoint import (
     MANIFEST,
     describe_file,
@@ -31,7 +41,7 @@ from runtime.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
-from runtime.launch import UserError, errors_in_one_line
+from runtime.launch import STOP, UserError, errors_in_one_line
 
 OPTIONS = ["--max_steps", 20, "--save_steps", 4, "--eval_steps", 7, "--logging_steps", 3]
 OPTIONS += ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
@@ -66,7 +76,7 @@ def whole(start, tmp_path_factory):
 @pytest.fixture
 def run_alone(tiny, monkeypatch):
     """train.py's main in this process, with flags over those of `start`."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in STOP}
 
     def run_alone(output_dir, *flags):
         flags = tiny.flags(
@@ -77,6 +87,8 @@ def run_alone(tiny, monkeypatch):
             train.main()
         except SystemExit as ended:
             assert not ended.code
+        finally:
+            lock.give_back()  # as the end of the program does
 
     yield run_alone
     for number, handler in handlers.items():
@@ -247,16 +259,74 @@ def test_a_shell_that_ends_leaves_the_run_alone(tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "status"), [("INT", 130), pytest.param("TERM", 143, marks=pytest.mark.long)]
+    ("what", "status", "to"),
+    [
+        pytest.param("INT", 130, "pipe", marks=pytest.mark.long),
+        pytest.param("TERM", 143, "pipe", marks=pytest.mark.long),
+        ("HUP", 129, "pipe"),  # the terminal is closed
+        ("INT", 130, "closed pipe"),  # `| tee log`: Ctrl+C ends tee too
+    ],
 )
-def test_the_exit_status_says_which_signal(what, status, tiny, tmp_path):
+def test_the_exit_status_says_which_signal(what, status, to, tiny, tmp_path):
     arguments = tiny.flags(tmp_path / "output", *OPTIONS, "--report_to", "none")
     environment = launch_environment() | SIDE_BY_SIDE | {"WHEN": "in update 2", "WHAT": what}
     program = REPOSITORY / "tests" / "loop" / "interrupted_run.py"
-    done = subprocess.run(
-        [sys.executable, program, *arguments], env=environment, capture_output=True, text=True
+    run = subprocess.Popen(
+        [sys.executable, program, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    assert done.returncode == status and "stopped after update 2" in done.stdout, done.stderr
+    if to == "closed pipe":
+        assert "processes: 1" in run.stdout.readline()
+        run.stdout.close()
+        run.wait()
+    else:
+        assert "stopped after update 2" in run.communicate()[0]
+    assert run.returncode == status
+    assert newest_checkpoint(READER, tmp_path / "output" / "checkpoints").name == "step_00000002"
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_nohup_and_several_processes(start, tmp_path, tiny):
+    """Their launcher ends at SIGHUP in spite of nohup, so they must save then."""
+    arguments = tiny.flags(tmp_path / "output", *OPTIONS, "--report_to", "none", "--max_steps", 900)
+    command = ["nohup", *launch_command("train.py", *arguments, config="cpu_2_processes")]
+    run = subprocess.Popen(
+        command,
+        env=launch_environment() | SIDE_BY_SIDE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in run.stdout:
+        if line.startswith("update      3  loss"):
+            run.send_signal(signal.SIGHUP)
+            began = time.time()
+    assert run.wait() != 0 and time.time() - began < 25  # before the launcher kills them
+    assert newest_checkpoint(READER, tmp_path / "output" / "checkpoints") is not None
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_worker_that_is_killed(tiny, tmp_path):
+    arguments = tiny.flags(tmp_path / "output", *OPTIONS, "--report_to", "none", "--max_steps", 900)
+    run = subprocess.Popen(
+        [sys.executable, REPOSITORY / "train.py", *arguments],
+        env=launch_environment() | SIDE_BY_SIDE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    text = ""
+    for line in run.stdout:
+        text += line
+        if line.startswith("update      6  loss"):
+            psutil.Process(run.pid).children()[-1].kill()
+    (message,) = re.findall(r"^error: (.*)$", text, re.MULTILINE)
+    assert run.wait() == 1 and "DataLoader worker" in message and "Traceback" not in text
 
 
 @pytest.mark.slow
