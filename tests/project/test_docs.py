@@ -107,17 +107,20 @@ def test_the_korean_readme_is_in_step():
 
 def test_the_review_guide_names_what_exists():
     files = [*REPOSITORY.glob("*.py"), *(REPOSITORY / "runtime").glob("*.py")]
-    code = {name for path in files for name in definitions(path)}
+    code = {name for path in files for name in definitions(path)} | {"prepare", "forward"}
     files = (REPOSITORY / "tests").glob("*/test_*.py")
-    tests = {name for path in files for name in definitions(path)}
-    rows = [line.split(" | ") for line in REVIEW.splitlines() if re.match(r"\| \d+ \|", line)]
-    assert [int(row[0].strip("| ")) for row in rows] == list(range(1, len(rows) + 1))
-    for row in rows:
-        _, fault, here, caught = row
-        for name in re.findall(r"`(\w+)`", here):
-            assert name in code | {"prepare", "forward"}, name
-        caught = caught.strip("| ")
-        assert caught == "by reading" or set(re.findall(r"`(\w+)`", caught)) <= tests, caught
+    tests = {name for path in files for name in definitions(path) if name.startswith("test_")}
+    questions, *topics = re.split(r"^## (?=[A-Z]\. )", REVIEW, flags=re.MULTILINE)
+    known = set()
+    for topic in topics:
+        rows = [line.split(" | ") for line in topic.splitlines() if re.match(r"\| [A-Z]\d", line)]
+        for number, (name, _, _, here, caught) in enumerate(rows, 1):
+            assert name == f"| {topic[0]}{number}"
+            known.add(name[2:])
+            assert set(re.findall(r"`(\w+)`", here)) <= code, here
+            caught = set(re.findall(r"`(\w+)`", caught))
+            assert caught and caught <= tests, caught
+    assert len(known) >= 60 and set(re.findall(r"\b[A-Z]\d+\b", questions)) <= known
 
 
 # ---- commands: those in a block of the README are run, the others validated

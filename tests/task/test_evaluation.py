@@ -295,6 +295,15 @@ def test_compute_metrics_is_an_argument(data, model):
         assert prediction.inputs.tolist() == list(range(rows))
 
 
+def test_no_dataloader_is_left_behind(data, model):
+    """accelerate keeps what goes through `prepare`: each evaluation would leave one more."""
+    accelerator, (_, evaluations, _) = Accelerator(cpu=True), evaluated(data, lambda _: {}, model)
+    config = Namespace(dataloader_num_workers=0, per_device_eval_batch_size=4)
+    for evaluation in evaluations.values():
+        evaluate.get_eval_dataloader(accelerator, evaluation.dataset, config)
+    assert accelerator._dataloaders == []
+
+
 def test_both_evaluations_by_brute_force(data, model):
     """Each row alone, through the model by its embeddings, against `forward` of whole batches."""
     values, evaluations, predictions = evaluated(data, compute_metrics, model)
