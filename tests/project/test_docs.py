@@ -1,11 +1,13 @@
 """That the documents speak of what is there."""
 
 import ast
+import inspect
 import re
 import shlex
 
 from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from config import Config, EvaluateConfig
 from runtime.options import read_options
@@ -13,6 +15,7 @@ from runtime.options import read_options
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 KOREAN = (REPOSITORY / "README.ko.md").read_text(encoding="utf-8")
 REVIEW = (REPOSITORY / "REVIEW.md").read_text(encoding="utf-8")
+FROM_TRAINER = (REPOSITORY / "docs" / "FROM_TRAINER.md").read_text(encoding="utf-8")
 
 
 def definitions(path):
@@ -105,10 +108,13 @@ def test_the_korean_readme_is_in_step():
         assert korean[part] == ours[part], part
 
 
-def test_the_review_guide_names_what_exists():
+def names_of_the_program():
     files = [*REPOSITORY.glob("*.py"), *(REPOSITORY / "runtime").glob("*.py")]
-    code = {name for path in files for name in definitions(path)} | {"prepare", "forward"}
-    files = (REPOSITORY / "tests").glob("*/test_*.py")
+    return {name for path in files for name in definitions(path)} | {"prepare", "forward"}
+
+
+def test_the_review_guide_names_what_exists():
+    code, files = names_of_the_program(), (REPOSITORY / "tests").glob("*/test_*.py")
     tests = {name for path in files for name in definitions(path) if name.startswith("test_")}
     questions, *topics = re.split(r"^## (?=[A-Z]\. )", REVIEW, flags=re.MULTILINE)
     known = set()
@@ -121,6 +127,36 @@ def test_the_review_guide_names_what_exists():
             caught = set(re.findall(r"`(\w+)`", caught))
             assert caught and caught <= tests, caught
     assert len(known) >= 60 and set(re.findall(r"\b[A-Z]\d+\b", questions)) <= known
+
+
+def table(part):
+    """[(names in the first column, the second column)] of the tables of FROM_TRAINER.md's part."""
+    text = FROM_TRAINER.split(f" {part}\n", 1)[1].split("\n##", 1)[0]
+    rows = re.findall(r"^\| (`.*?`) \|(.*) \|$", text, re.MULTILINE)
+    return [(re.findall(r"`(\w+)`", first), second) for first, second in rows]
+
+
+def test_each_option_of_trainer_has_its_place():
+    parts = ("Same name, same meaning", "Said by the launch", "Not here, and how to have it")
+    same, *others = [[name for row, _ in table(part) for name in row] for part in parts]
+    fields = TrainingArguments.__dataclass_fields__.keys()
+    assert sorted(same) == sorted(fields & Config.__dataclass_fields__.keys())
+    assert sorted(sum(others, same)) == sorted(fields)
+
+
+def test_each_override_and_event_has_its_place():
+    for names, here in table("Overrides"):
+        assert all(hasattr(Trainer, name) for name in names), names
+        assert set(re.findall(r"`(\w+)`", here)) - {"losses"} <= names_of_the_program(), here
+    arguments = inspect.signature(Trainer._maybe_log_save_evaluate).parameters.keys() - {"self"}
+    assert f"{len(arguments)} in 4.52 and in 5." in FROM_TRAINER
+    rows = table("Callbacks")
+    events = [name for name in vars(TrainerCallback) if name.startswith("on_")]
+    assert sorted(name for names, _ in rows for name in names) == sorted(events)
+    program = "".join((REPOSITORY / name).read_text() for name in ("train.py", "evaluate.py"))
+    for names, here in rows:
+        lines = [line.split("...")[0] for line in re.findall(r"`([^`]* [^`]*|.*?\(.*?)`", here)]
+        assert all(line in program for line in lines[:1] if "updates_per" not in line), names
 
 
 # ---- commands: those in a block of the README are run, the others validated
