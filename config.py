@@ -43,6 +43,11 @@ class Config:
     model_name_or_path: str | None = setting(
         None, "a saved folder or transformers vision model; None: a small new one", heading="model"
     )
+    page_size: int | None = option(None, "pixels of a page; None: as the model says", at_least=1)
+    element_size: int | None = option(None, "of an element; None: as the model says", at_least=1)
+    gradient_checkpointing: bool = setting(
+        False, "computes activations again in backward: less memory, a third more time"
+    )
 
     num_train_epochs: int = option(
         2, "passes over train.csv; 2 take minutes on a CPU", heading="optimization", at_least=1
@@ -64,6 +69,9 @@ class Config:
     weight_decay: float = option(0.05, "of AdamW; biases, norms and scales have none")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never")
     seed: int = option(0, "of the initial weights, row order, negatives and dropout")
+    full_determinism: bool = setting(
+        False, "on GPUs the same bits again, slower; where there is no such kernel it stops"
+    )
 
     logging_steps: int = setting(
         50,

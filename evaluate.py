@@ -214,7 +214,9 @@ def main():
     trained = read_training_config(options.model_dir, [each.name for each in fields(Config)])
     given = {name: value for name, value in asdict(options).items() if value is not None}
     config = SimpleNamespace(**trained | given)
-    accelerator = launch.make_accelerator(mixed_precision=config.mixed_precision)
+    accelerator = launch.make_accelerator(
+        full_determinism=config.full_determinism, mixed_precision=config.mixed_precision
+    )
     launch.refuse_sharded_weights(accelerator)
     launch.make_writable(config.output_dir)
     launch.own(accelerator, config.output_dir)

@@ -8,6 +8,7 @@ EDIT HERE for another task: `forward` says what the loss is, `rerank_scores` wha
 
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -54,12 +55,17 @@ class DualEncoderConfig(PreTrainedConfig):
             self.backbone_config = SMALL_BACKBONE
         if isinstance(self.backbone_config, dict):
             self.backbone_config = AutoConfig.for_model(**self.backbone_config)
+        for values in (self.image_mean, self.image_std):
+            three = isinstance(values, (list, tuple)) and len(values) == 3
+            if not three or not all(isinstance(value, (int, float)) for value in values):
+                raise ValueError(f"image_mean and image_std must be three numbers, not {values!r}")
         super().__post_init__(**kwargs)
 
 
 class DualEncoder(PreTrainedModel):
     config_class = DualEncoderConfig
     main_input_name = "images"
+    supports_gradient_checkpointing = True  # where the backbone has it
 
     def __init__(self, config, backbone=None):
         """backbone: a loaded model. None: one is built from the config."""
@@ -106,12 +112,17 @@ class DualEncoder(PreTrainedModel):
 
     def embed(self, images):
         """uint8 (B, 3, H, W) to float32 (B, D) of length 1. From outside call `forward`."""
-        # Here, since bytes are a quarter of the traffic to the device.
-        mean = torch.tensor(self.config.image_mean, device=images.device)[:, None, None]
-        std = torch.tensor(self.config.image_std, device=images.device)[:, None, None]
+        # Here, since bytes are a quarter of the traffic to the device. Filled on the device: for
+        # the copy of a list the host would wait.
+        mean, std = (
+            torch.stack([torch.full((1, 1), float(v), device=images.device) for v in values])
+            for values in (self.config.image_mean, self.config.image_std)
+        )  # (3, 1, 1)
         pixel_values = ((images / 255 - mean) / std).to(self.log_scale.dtype)
-        # Channels last: on a CPU the small model's convolutions take two thirds of the time.
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        # Channels last: on a CPU the small model's convolutions take two thirds of the time. In the
+        # backward of tiny ResNets and RegNets it has crashed.
+        if self.config.backbone_config.model_type == "bit":
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         features = pool_all_levels(self.backbone, pixel_values).to(pixel_values.dtype)
         return functional.normalize(self.head(features).float(), dim=1)
 
@@ -163,37 +174,61 @@ def rerank_scores(
     return scores
 
 
-def load_model(model_name_or_path: str | Path | None) -> DualEncoder:
+def load_model(model_name_or_path: str | Path | None, options=None) -> DualEncoder:
     """A DualEncoder: one that train.py saved, or any vision model of a folder or of the hub.
 
     None: a small one without training. Weights are read from safetensors only. No code that comes
-    with them is run. Raises OSError or, where transformers does not know the model, ValueError.
+    with them is run. options: of train.py; the sizes that they name replace the model's own. Raises
+    OSError, SafetensorError or, where the model is not known or its weights do not fit, ValueError.
     """
+    sizes = {name: getattr(options, name, None) for name in ("page_size", "element_size")}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
     if model_name_or_path is None:
-        return DualEncoder(DualEncoderConfig())
+        return DualEncoder(DualEncoderConfig(**sizes))
     config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     if isinstance(config, DualEncoderConfig):
-        return DualEncoder.from_pretrained(model_name_or_path, use_safetensors=True)
+        return load_weights(DualEncoder, model_name_or_path, **sizes)
     config = getattr(config, "vision_config", config)  # CLIP and its like: the image half
-    backbone = AutoModel.from_pretrained(
-        model_name_or_path,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    backbone = load_weights(AutoModel, model_name_or_path, config=config, dtype=torch.float32)
     size = getattr(config, "image_size", None) or 224
     size = size if isinstance(size, int) else max(size)  # some say height and width
-    with torch.no_grad():
-        feature_size = pool_all_levels(backbone, torch.zeros(1, 3, size, size)).shape[1]
+    try:
+        with torch.no_grad():
+            feature_size = pool_all_levels(backbone, torch.zeros(1, 3, size, size)).shape[1]
+    except Exception as error:  # of any kind, where a model takes something else
+        raise ValueError(f"{config.model_type} gives no features of images: {error}") from error
     config = DualEncoderConfig(
         backbone_config=config,
         feature_size=feature_size,
-        page_size=size,
-        element_size=size,
+        **{"page_size": size, "element_size": size} | sizes,
         **read_preprocessing(model_name_or_path),
     )
     return DualEncoder(config, backbone)
+
+
+def load_weights(kind, model_name_or_path, **options):
+    """`from_pretrained`, which makes random weights of those that are missing or do not fit.
+
+    In a DualEncoder none may be, in another model not most. Process 0 says which are.
+    """
+    model, found = kind.from_pretrained(
+        model_name_or_path,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+    random = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    unknown = sorted(found["unexpected_keys"]) if kind is DualEncoder else []
+    total = len(model.state_dict())
+    said = f"{len(random)} of its {total} weights are missing or do not fit, {len(unknown)} are "
+    said += f"unknown: {', '.join((random + unknown)[:5])}"
+    if unknown or len(random) > (0 if kind is DualEncoder else total / 2):
+        raise ValueError(said)
+    if random and os.environ.get("RANK", "0") == "0":
+        print(f"{model_name_or_path}: {said}. They start random", flush=True)
+    return model
 
 
 def read_preprocessing(model_name_or_path):

@@ -30,6 +30,7 @@ from runtime.checkpoint import hash_model, load_training_state, save_checkpoint
 from runtime.evaluation import check_outputs
 from runtime.resume import collect_losses, find_checkpoint, make_output_dir, make_state, resume
 from runtime.tracking import closing_table, make_trackers, start_progress, start_trackers
+from runtime.trial import make_trainable
 
 
 def main():
@@ -37,6 +38,7 @@ def main():
     check_metric_prefix(config.metric_for_best_model)
     accelerator = launch.make_accelerator(
         max_grad_norm=config.max_grad_norm,
+        full_determinism=config.full_determinism,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=make_trackers(config.report_to, config.output_dir, config.project),
         project_dir=config.output_dir,
@@ -54,10 +56,12 @@ def main():
     checkpoint = find_checkpoint(accelerator, config.output_dir, config.resume_from_checkpoint)
     model_dir = checkpoint or config.model_name_or_path
     with launch.option_named(f"--model_name_or_path {model_dir}"):
-        model = load_model(model_dir)
+        model = load_model(model_dir, config)
     accelerator.print(f"reading {config.data_dir}: all of it is checked before training")
     datasets = read_datasets(config, model, ("train", "eval", "test_vocabulary"))
     train_dataset, eval_dataset, rerank_dataset = check_datasets(accelerator, datasets)
+    with launch.option_named(f"--model_name_or_path {model_dir}"):
+        make_trainable(accelerator, model, train_dataset, config.gradient_checkpointing)
     evaluations = make_evaluations(eval_dataset, rerank_dataset)
     depends_on = what_numbers_depend_on(config) | {
         "model": hash_model(accelerator, config.model_name_or_path),

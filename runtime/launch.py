@@ -21,7 +21,9 @@ from accelerate.utils import (
     broadcast_object_list,
     is_deepspeed_available,
 )
+from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers import enable_full_determinism
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
@@ -57,14 +59,18 @@ def refuse_hidden_library():
     return refuse
 
 
-def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
+def make_accelerator(
+    max_grad_norm: float = 0.0, full_determinism: bool = False, **kwargs
+) -> Accelerator:
     """Accelerator(**kwargs), with what a machine without a GPU needs, and checked.
 
     Strategy and precision are the launch's: accelerate_config/, or flags of `accelerate launch`.
-    max_grad_norm: for DeepSpeed, which clips by itself.
+    max_grad_norm: for DeepSpeed, which clips by itself. full_determinism: as in transformers.
     Raises UserError where accelerate would run something else in silence.
     """
     transformers_logging.disable_progress_bar()  # else a bar for each model that is saved
+    if full_determinism:  # before anything is on a GPU
+        enable_full_determinism(0)  # the caller sets the seed
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     on_cpu = (
         not torch.accelerator.is_available()
@@ -77,16 +83,20 @@ def make_accelerator(max_grad_norm: float = 0.0, **kwargs) -> Accelerator:
     # On a CPU DDP needs cpu=True. DeepSpeed needs gloo, and cpu=True would switch it off.
     # Others wait while process 0 writes files, for longer than the 10 minutes of NCCL.
     group: Any = {"timeout": TIMEOUT} | ({"backend": "gloo"} if on_cpu and deepspeed else {})
-    accelerator = Accelerator(
-        cpu=on_cpu and not deepspeed,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(**group),
-            # Without it DDP keeps the gradients twice, 4 bytes a parameter.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        **kwargs,
-    )
+    with option_named("the launch"):  # a variable of another one may have been left behind
+        accelerator = Accelerator(
+            cpu=on_cpu and not deepspeed,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(**group),
+                # Without it DDP keeps the gradients twice, 4 bytes a parameter.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            **kwargs,
+        )
+    # One precision for matrix products and convolutions: torch has TF32 for the latter alone, and
+    # accelerate switches it on for a compiled model. Whoever wants speed launches with bf16.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     check_launch(accelerator, kwargs.get("gradient_accumulation_steps", 1))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         set_up_deepspeed(accelerator, max_grad_norm, kwargs.get("gradient_accumulation_steps", 1))
@@ -184,6 +194,7 @@ def set_up_deepspeed(accelerator, max_grad_norm, gradient_accumulation_steps):
     ours = {
         "gradient_clipping": float(max_grad_norm),
         "gradient_accumulation_steps": gradient_accumulation_steps,
+        "communication_data_type": "fp32",  # with bf16 gradients would be summed in bfloat16
     }
     for name, value in ours.items():
         # DeepSpeed ignores the norm given to clip_grad_norm_, and takes "auto" for 1.0.
@@ -319,6 +330,8 @@ def option_named(option: str):
         yield
     except (OSError, ValueError) as error:
         raise UserError(f"{option}: {' '.join(str(error).split())}") from None
+    except SafetensorError as error:
+        raise UserError(f"{option}: a file is cut short, or of git-lfs: {error}") from None
 
 
 @contextmanager

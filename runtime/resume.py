@@ -167,6 +167,8 @@ def training_metrics(state: TrainState) -> dict[str, float]:
         "train/learning_rate": state.learning_rate,
         "train/samples_per_second": state.items / state.seconds,
     }
+    if torch.cuda.is_initialized():  # of process 0, since it started
+        values["train/peak_memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
     state.losses, state.items, state.seconds = [], 0, 0.0
     return values
 

@@ -68,6 +68,7 @@ def launch(
     check=True,
     cwd=None,
     wandb=False,
+    timeout=600,
     **environment,
 ):
     """`accelerate launch` of a script of the repository, as a user would.
@@ -94,7 +95,7 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=timeout,
     )
     assert not check or done.returncode == 0, done.stdout
     return done

@@ -1,10 +1,11 @@
-"""A small data set of our task, and a model for it that computes next to nothing."""
+"""A small data set of our task, a model for it that computes next to nothing, tiny backbones."""
 
 import csv
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoConfig, AutoModel
 
 from model import DualEncoder, DualEncoderConfig
 
@@ -18,6 +19,32 @@ COLUMNS = [
     "x_info",
     "y_info",
 ]
+
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY |= {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
+CONVOLUTIONS = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
+FAMILIES = {
+    "vit": TINY,
+    "dinov2": TINY | {"mlp_ratio": 2},
+    "dinov2_with_registers": TINY | {"mlp_ratio": 2},
+    "dinov3_vit": TINY | {"pos_embed_rescale": None},  # random in training, as dropout is
+    "clip_vision_model": TINY,
+    "siglip_vision_model": TINY,
+    "beit": TINY | {"drop_path_rate": 0.0},
+    "swin": {
+        **{"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "image_size": 32},
+        **{"patch_size": 2, "window_size": 4, "drop_path_rate": 0.0},
+    },
+    "convnext": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "image_size": 32},
+    "bit": CONVOLUTIONS | {"num_groups": 8, "image_size": 32},
+    "resnet": CONVOLUTIONS,
+    "hiera": {
+        **{"image_size": [32, 32], "patch_stride": [4, 4], "depths": [1, 1], "num_heads": [1, 2]},
+        **{"embed_dim": 16, "query_stride": [2, 2], "num_query_pool": 1},
+        **{"masked_unit_size": [4, 4], "masked_unit_attention": [True, False]},
+    },
+}
 
 
 def make_tiny_model(folder, dropout=0.1):
@@ -36,6 +63,14 @@ def make_tiny_model(folder, dropout=0.1):
     with torch.random.fork_rng():
         torch.manual_seed(0)  # which evaluation is the best one depends on it
         DualEncoder(config).save_pretrained(folder)
+    return folder
+
+
+def make_backbone(folder, kind, **changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **FAMILIES.get(kind, TINY) | changes)
+        AutoModel.from_config(config).save_pretrained(folder)
     return folder
 
 

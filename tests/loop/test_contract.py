@@ -15,7 +15,7 @@ from runtime.resume import TrainState
 
 SIGNATURES = """
 launch.UserError
-launch.make_accelerator(max_grad_norm=0.0, **kwargs)
+launch.make_accelerator(max_grad_norm=0.0, full_determinism=False, **kwargs)
 launch.refuse_sharded_weights(accelerator)
 launch.make_writable(folder)
 launch.own(accelerator, folder)
@@ -50,6 +50,7 @@ resume.make_output_dir(accelerator, output_dir, resume_from_checkpoint)
 resume.make_state(accelerator, config, train_dataset, depends_on)
 resume.resume(accelerator, state, checkpoint, output_dir)
 resume.training_metrics(state)
+trial.make_trainable(accelerator, model, dataset, gradient_checkpointing)
 tracking.make_trackers(report_to, output_dir, project=None)
 tracking.start_trackers(accelerator, config, state, datasets)
 tracking.start_progress(accelerator, state)

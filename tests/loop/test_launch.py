@@ -33,6 +33,15 @@ def test_each_config_says_when_and_how(path):
             "the launch asks for DEEPSPEED, and accelerate made MULTI_CPU of it",
             marks=pytest.mark.long,
         ),
+        (
+            *("cpu_2_processes", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}),
+            "asks for accumulation 4, the command for 1",
+        ),
+        pytest.param(
+            *("cpu", {"processes": None, "WORLD_SIZE": "2"}),
+            "the launch: Tried to launch on distributed with multinode",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_no_silent_fall_back(config, environment, message, tmp_path):
