@@ -26,21 +26,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from model import rerank_scores
 from runtime.batches import index_and_weight
+from runtime.cache import Texts, hash_files, items, kept
+from runtime.checkpoint import describe_file
 from runtime.launch import UserError
 
 COLUMNS = ("search_word", "template_idx", "page_num", "x_image_path", "resourceKey")
 COLUMNS += ("candidate_resourceKey", "x_info", "y_info")
 CELL_LIMIT = 1_000_000  # characters
 PIXEL_LIMIT = 50_000_000  # of one image: a small file can unpack to more than the memory holds
-CACHE_LIMIT = 2_000_000_000  # bytes of decoded pages that a process keeps, and as many of elements
 # By content, whatever the name says. Pillow knows other formats. Some of them run programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+CODE = PIL.__version__ + Path(__file__).read_text(encoding="utf-8")  # what is kept depends on it
 
 
 def read_datasets(config, model, splits):
@@ -50,30 +53,21 @@ def read_datasets(config, model, splits):
     model: its config has the sizes that images are fitted into.
     """
     folder = Path(config.data_dir)
-    query_ids, element_ids = {}, {}  # {key: its number}, over all of the CSVs
-    tables = [
-        read_table(folder / "csv" / f"{split}.csv", config.max_candidates, query_ids, element_ids)
-        for split in splits
-    ]
+    tables, page_keys, element_keys = read_tables(folder, splits, config.max_candidates)
 
-    def first_row(names):
-        """What messages call the first row for which `names(table, row)` is true."""
-        rows = ((table, row) for table in tables for row in range(len(table.positions)))
-        return next(table.name_row(row) for table, row in rows if names(table, row))
+    def first_row(names, number):
+        """What messages call the first row for which names(table, number), bool (N,), is true."""
+        rows = (
+            (table, row) for table in tables for row in np.flatnonzero(names(table, number))[:1]
+        )
+        return next(table.name_row(row) for table, row in rows)
 
-    pages = Images(
-        folder / "images",
-        list(query_ids),
-        model.config.page_size,
-        lambda page: first_row(lambda table, row: page == table.queries[row]),
-    )
-    elements = Images(
-        folder / "elements",
-        list(element_ids),
-        model.config.element_size,
-        lambda element: first_row(
-            lambda table, row: element in (table.relevant[row], *table.candidates(row))
-        ),
+    pages, elements = (
+        Images(folder / name, keys, size, functools.partial(first_row, names))
+        for name, keys, size, names in (
+            ("images", page_keys, model.config.page_size, Table.rows_of_page),
+            ("elements", element_keys, model.config.element_size, Table.rows_of_element),
+        )
     )
     return [
         RerankDataset(table, pages, elements, folder)
@@ -86,11 +80,8 @@ def read_datasets(config, model, splits):
 def fingerprint(datasets) -> str:
     """A hash of the CSVs and of the images' names and sizes: reading them all takes long."""
     digest = hashlib.blake2b(digest_size=16)
-    for dataset in datasets:
-        digest.update(dataset.path.read_bytes())
-    for images in (datasets[0].pages, datasets[0].elements):  # the same ones for all
-        for key, path in zip(images.keys, images.paths, strict=True):
-            digest.update(f"{key} {os.stat(path).st_size}\n".encode())
+    for part in (*(dataset.table for dataset in datasets), datasets[0].pages, datasets[0].elements):
+        digest.update(part.digest.encode())  # pages and elements are the same for all
     return digest.hexdigest()
 
 
@@ -114,23 +105,20 @@ class Table:
 
     path: Path
     counts: dict  # {"used": N, what else became of rows: how many, what is odd: how many of the N}
+    digest: str  # a hash of the file
     positions: np.ndarray  # int64 (N,), as in Row, and so are the numbers
     numbers: np.ndarray  # int64 (N,)
     queries: np.ndarray  # int64 (N,), pages
     relevant: np.ndarray  # int64 (N,), elements
     labels: np.ndarray  # int64 (N,), the relevant element's column among the candidates, or -1
     lists: np.ndarray  # int64 (N,), which list of candidates. Rows of one search share one.
+    num_others: np.ndarray  # int64 (N,), how many candidates are not the relevant one
     starts: np.ndarray  # int64 (L + 1,), where each of the L lists starts in `listed`
     listed: np.ndarray  # int32 (all candidates of all lists,), elements
 
     def candidates(self, row):
         """The elements of one row: int32 (its candidates,)."""
         return self.listed[self.starts[self.lists[row]] : self.starts[self.lists[row] + 1]]
-
-    @property
-    def num_others(self):
-        """How many candidates of each row are not the relevant one: int64 (N,)."""
-        return np.diff(self.starts)[self.lists] - (self.labels >= 0)
 
     def padded_candidates(self):
         """The elements of all rows: int32 (N, C), padded with -1."""
@@ -139,8 +127,47 @@ class Table:
         padded[np.arange(padded.shape[1]) < lengths[:, None]] = self.listed
         return padded[self.lists]
 
+    def rows_of_page(self, page):
+        """Whether each row names it: bool (N,)."""
+        return self.queries == page
+
+    def rows_of_element(self, element):
+        lists = np.searchsorted(self.starts, np.flatnonzero(self.listed == element), "right") - 1
+        return (self.relevant == element) | np.isin(self.lists, lists)
+
     def name_row(self, row):
         return f"{self.path}, row {self.numbers[row]}"
+
+
+def read_tables(folder, splits, max_candidates):
+    """The Tables of some CSVs, and the keys of pages and of elements, by their numbers: Texts.
+
+    They are parsed once, until a CSV or what stands here changes. Raises UserError.
+    """
+    paths = [folder / "csv" / f"{split}.csv" for split in splits]
+    try:
+        states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    write = functools.partial(write_tables, paths, max_candidates)
+    made = kept(folder, "tables", f"{states} {max_candidates} {CODE}", write)
+    tables = []
+    for path in paths:
+        names = Table.__annotations__
+        values: dict[str, Any] = {name: made[f"{path.stem}.{name}"] for name in names}
+        plain = {name: json.loads(values[name].item()) for name in ("counts", "digest")}
+        tables.append(Table(**values | plain | {"path": path}))
+    return tables, *(Texts(made[kind], made[f"{kind}.starts"]) for kind in ("pages", "elements"))
+
+
+def write_tables(paths, max_candidates, folder):
+    ids = {"pages": {}, "elements": {}}  # {key: its number}, over all of the CSVs
+    for path in paths:
+        for name, value in vars(read_table(path, max_candidates, *ids.values())).items():
+            array = value if isinstance(value, np.ndarray) else json.dumps(value, default=str)
+            np.save(folder / f"{path.stem}.{name}.npy", array)
+    for kind, keys in ids.items():
+        Texts.save(folder, kind, keys)
 
 
 def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: dict) -> Table:
@@ -166,13 +193,14 @@ def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: di
             ]
             label = elements.index(relevant) if relevant in elements else -1
             of_row = lists.setdefault(array("i", elements).tobytes(), len(lists))
-            rows.extend((row.position, row.number, query, relevant, label, of_row))
+            num_others = len(elements) - (label >= 0)
+            rows.extend((row.position, row.number, query, relevant, label, of_row, num_others))
     if not rows:
         raise UserError(f"{path}: no row is left to use: {counts}; {max_candidates} is too many")
-    columns = np.ascontiguousarray(np.asarray(rows).reshape(-1, 6).T)  # (6, N)
+    columns = np.ascontiguousarray(np.asarray(rows).reshape(-1, 7).T)  # (7, N)
     starts = np.cumsum([0, *map(len, lists)]) // 4
     listed = np.frombuffer(b"".join(lists), np.int32)
-    table = Table(path, counts, *columns, starts=starts, listed=listed)
+    table = Table(path, counts, describe_file(path)[1], *columns, starts, listed)
     for name, odd, what in (
         ("missing", table.labels < 0, "is not among the candidates, letter by letter"),
         ("alone", table.num_others == 0, "is the only candidate, so nothing is ranked"),
@@ -275,66 +303,31 @@ def shorten(text):
 
 
 class Images:
-    """The distinct images of one folder, fitted into squares of `size` pixels.
+    """The distinct images of one folder, fitted into squares of `size` pixels and decoded once.
 
-    keys: the names of the files without .png. An image's number is its place in this list.
-    name_first_row(number): the first row that names an image, for errors.
-
-    All are checked here. What fits into CACHE_LIMIT is decoded here and kept. Above it they are
-    decoded at each use: give the DataLoader workers. Raises UserError.
+    keys: Texts, the names of the files without .png. An image's number is its place among them.
+    named_by(number): the first row that names an image, for errors. Raises UserError.
     """
 
-    def __init__(self, folder, keys, size, name_first_row):
-        self.keys, self.size = keys, size
-        self.paths, self.pixels = [], None
-        if len(keys) * 3 * size * size <= CACHE_LIMIT:
-            self.pixels = np.empty((len(keys), 3, size, size), dtype=np.uint8)
-        # Most of the time before the first update is spent here. So all cores work: the processes
-        # of this machine share them. A few images are read before a worker would start.
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        root, keep = os.path.realpath(folder), self.pixels is not None
-        batches = DataLoader(
-            keys,  # pyrefly: ignore[bad-argument-type]
-            batch_size=64,
-            collate_fn=functools.partial(read_images, root, size, keep),
-            num_workers=min(cores, 8, len(keys) // 1000),
-            generator=torch.Generator(),  # else iterating draws from the global random state
-        )
-        for paths, pixels, problem in batches:
-            start = len(self.paths)
-            self.paths += paths
-            if problem:
-                raise UserError(f"{problem} (named by {name_first_row(len(self.paths))})")
-            if self.pixels is not None:
-                self.pixels[start : len(self.paths)] = pixels
+    def __init__(self, folder, keys, size, named_by):
+        self.root, self.keys, self.size = os.path.realpath(folder), keys, size
+        self.digest, times = hash_files(keys, self.stat)
+        key, shape = f"{self.digest} {times} {CODE}", (len(keys), 3, size, size)
+        kind = f"{folder.name}-{size}"
+        self.pixels = items(folder.parent, kind, key, shape, np.uint8, self.decode, named_by)
+
+    def stat(self, key):
+        with suppress(OSError, ValueError):  # the fast way
+            return os.stat(f"{self.root}/{key}.png")
+        return os.stat(find_image(self.root, key))
+
+    def decode(self, number):
+        return decode_image(find_image(self.root, self.keys[number]), self.size).numpy()
 
     def take(self, numbers):
         """Images by their numbers, int (K,): uint8 (K, 3, size, size)."""
-        if self.pixels is None:
-            return torch.stack([decode_image(self.paths[number], self.size) for number in numbers])
         # By NumPy: on a CPU torch wakes all threads for 400 kB and takes up to 70 times as long.
         return torch.from_numpy(self.pixels[numbers])
-
-
-def read_images(root, size, keep, keys):
-    """(paths, pixels, what is wrong with the next image): of images up to one that is no use.
-
-    pixels: uint8 (len(paths), 3, size, size). Without `keep` the files are only checked.
-    """
-    paths, pixels, problem = [], [], None
-    try:
-        for key in keys:
-            path = find_image(root, key)
-            if keep:
-                pixels.append(decode_image(path, size).numpy())
-            else:
-                with open_image(path) as image:
-                    image.verify()
-            paths.append(path)
-    except UserError as error:  # raised, it would come with the traceback of the worker before it
-        problem = str(error)
-    # An array: tensors would come through shared memory, of which containers have little.
-    return paths, np.array(pixels), problem
 
 
 def find_image(root: str, key: str) -> str:
@@ -422,10 +415,9 @@ class SharedDataset(Dataset):
         self.table, self.pages, self.elements, self.seed = table, pages, elements, seed
         self.path, self.counts, self.positions = table.path, table.counts, table.positions
         self.name_item = self.name_row = table.name_row
-        self.num_others = table.num_others
-        self.num_negatives = min(num_negatives, int(self.num_others.max()))  # k
+        self.num_negatives = min(num_negatives, int(table.num_others.max()))  # k
         self.labels = np.zeros(len(self), dtype=np.int64)  # (N,): the relevant one comes first
-        self.item_weights = np.ones(len(self))
+        self.item_weights = np.broadcast_to(1.0, len(self))  # one number, and not N of them
         self.groups = [(range(len(self)), 1)]
 
     def __len__(self):
@@ -436,11 +428,11 @@ class SharedDataset(Dataset):
         rows = np.array([key.index for key in keys])  # (B,)
         elements = self.draw(rows, keys[0].epoch)  # (B, 1 + k), of one epoch, as batches are
         candidates = self.elements.take(elements.ravel())  # (B x (1 + k), 3, h, w)
-        candidate_mask = np.arange(elements.shape[1]) <= self.num_others[rows, None]  # (B, 1 + k)
+        candidate_mask = np.arange(elements.shape[1]) <= self.table.num_others[rows, None]
         return index_and_weight(keys) | {
             "pages": self.pages.take(self.table.queries[rows]),  # (B, 3, H, W)
             "candidates": candidates.unflatten(0, elements.shape),  # (B, 1 + k, 3, h, w)
-            "candidate_mask": torch.from_numpy(candidate_mask),
+            "candidate_mask": torch.from_numpy(candidate_mask),  # (B, 1 + k)
             "labels": torch.from_numpy(self.labels[rows]),  # (B,)
         }
 
@@ -458,7 +450,7 @@ class SharedDataset(Dataset):
         for i, row in enumerate(rows.tolist()):  # a row's chances are row x k to row x k + k
             generator.bit_generator.advance(row * k - after)
             chances[i], after = generator.random(k), row * k + k
-        labels, num_others = table.labels[rows], self.num_others[rows]
+        labels, num_others = table.labels[rows], table.num_others[rows]
         columns = np.full(chances.shape, -1)  # (B, k), among the others of a row
         for i in range(k):
             highest = num_others - k + i  # below 0 where there are too few: nothing is drawn
@@ -486,7 +478,7 @@ class RerankDataset(Dataset):
         self.element_ids = np.unique(table.listed)
         self.page_ids = np.unique(table.queries)
         self.image_ids = np.concatenate([self.element_ids, self.page_ids])  # (M,), of each item
-        self.item_weights = np.ones(len(self))
+        self.item_weights = np.broadcast_to(1.0, len(self))
         first_page = len(self.element_ids)
         # As many pixels as in a batch of pages take as much memory. Fewer would be slow.
         elements_for_a_page = max(1, pages.size**2 // elements.size**2)
@@ -516,11 +508,12 @@ class RerankDataset(Dataset):
         return rerank_scores(outputs["outputs"], self.queries, self.candidates)
 
     def name_item(self, item):
-        return self.images_of(item).paths[self.image_ids[item]]
+        images = self.images_of(item)
+        return f"{images.root}/{images.keys[self.image_ids[item]]}.png"
 
     def keys_of(self, row):
         """The keys of a row's candidates, in the order of the columns: a list of str."""
-        return [self.elements.keys[element] for element in self.table.candidates(row)]
+        return self.elements.keys.take(self.table.candidates(row))
 
     def relevant_key(self, row):
         return self.elements.keys[self.table.relevant[row]]

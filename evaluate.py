@@ -14,8 +14,9 @@ In the order of the calls. Teams that use Trainer override the first, and add th
           rerank_evaluation_loop       predict, then compute_metrics
 
 N rows, C candidates, M items (distinct inputs), B batch, D output width. Memory of a rerank
-evaluation in bytes on each process: 4 x M x D for the outputs, four times that while they are
-gathered; at most 38 x N x C for scores and indices; 2**19 x D for pairs being scored; one batch.
+evaluation in bytes on each process: 4 x M x D for the outputs, and while they are gathered twice
+that, or three times by gloo; at most 38 x N x C for scores and indices; 2**19 x D for pairs being
+scored; one batch.
 """
 
 import math

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import metrics
 from data import decode_image, find_image
+from runtime.cache import in_workers
 from runtime.launch import UserError, optional
 
 with suppress(ImportError):
@@ -30,7 +31,7 @@ with suppress(ImportError):
 # EDIT HERE: columns of the data's CSV that metric.csv repeats. It needs resourceKey.
 COPIED = ["search_word", "template_idx", "page_num", "x_image_path", "resourceKey"]
 LISTS = ["candidate_resourceKey", "score", "sorted_score", "sorted_candidate_resourcekey"]
-BLOCK = 256  # rows of metric.csv that are in memory as text
+BLOCK = 256  # rows of metric.csv that are made at a time
 
 TOP = 8  # candidates that are shown of a query, besides the relevant one
 SAMPLE, WORST = 8, 5  # queries on the contact sheet
@@ -86,12 +87,14 @@ def read_copied(dataset, positions):
 
 def write_metric_csv(path, dataset, prediction, queries):
     """A line for each query. queries: a DataFrame (N, ...) of all columns but LISTS."""
+    lines = functools.partial(lines_of, dataset, prediction, queries)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        for start in range(0, len(queries), BLOCK):
-            lines = with_lists(queries[start : start + BLOCK], dataset, prediction)
-            lines.to_csv(
-                file, header=start == 0, index=False, float_format="%.17g", lineterminator="\r\n"
-            )
+        file.writelines(in_workers(lines, range(0, len(queries), BLOCK), 8, path.name))
+
+
+def lines_of(dataset, prediction, queries, start):
+    lines = with_lists(queries[start : start + BLOCK], dataset, prediction)
+    return lines.to_csv(header=start == 0, index=False, float_format="%.17g", lineterminator="\r\n")
 
 
 def with_lists(queries, dataset, prediction):

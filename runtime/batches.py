@@ -162,23 +162,35 @@ def updates_per_epoch(num_items: int, global_batch_size: int) -> int:
     return math.ceil(num_items / global_batch_size)
 
 
-def evaluation_batches(
-    groups: list[tuple[range, int]], batch_size: int, num_processes: int
-) -> list[list[Key]]:
-    """The batches of an evaluation, as many for each process. groups: as in the contract.
+class Batches(Sampler):
+    """Lists of Keys, made as they are asked for: an item of millions would take 100 bytes."""
+
+    def __init__(self, spans):
+        self.spans = spans  # of each batch: its items (range), its length with padding, the weight
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __iter__(self):
+        for items, length, weight in self.spans:
+            keys = [Key(item, weight=weight) for item in items]
+            yield keys + [Key(items[0], weight=0.0)] * (length - len(keys))
+
+
+def evaluation_batches(groups: list[tuple[range, int]], batch_size: int, num_processes: int):
+    """The Batches of an evaluation, as many for each process. groups: as in the contract.
 
     Batches are cut before they are dealt, and padded to whole batch sizes, none larger than its
     group. The last bits of an output can depend on the shape of its batch, so the same weights give
     the same bits on any number of processes, if these have as many threads: some attention kernels
     depend on that.
     """
-    batches = []
+    spans = []
     for items, multiple in groups:
         size = min(batch_size, len(items))
-        keys = [Key(item) for item in items]
-        keys += [Key(items[0], weight=0.0)] * (-len(keys) % size)
-        length = multiple * size
-        batches += [keys[start : start + length] for start in range(0, len(keys), length)]
+        for start in range(0, len(items), multiple * size):
+            part = items[start : start + multiple * size]
+            spans.append((part, size * math.ceil(len(part) / size), 1.0))
     # A process with a batch less than others gets one of padding, of a shape that is there already.
-    padding = [key._replace(weight=0.0) for key in batches[-1]]
-    return batches + [padding] * (-len(batches) % num_processes)
+    padding = (*spans[-1][:2], 0.0)
+    return Batches(spans + [padding] * (-len(spans) % num_processes))

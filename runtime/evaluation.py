@@ -29,9 +29,9 @@ def gather_items(accelerator, indices, outputs, dataset):
     indices: the index (B,) of each batch of this process, -1 for padding. outputs: {name: the
     values (B, ...) of each batch}. Raises RuntimeError unless each item is there exactly once.
     """
-    index = gather(accelerator, indices)  # (W x the most items of a process,)
-    real = index >= 0
-    index = index[real]
+    index = gather(accelerator, indices)  # (W x the most items of a process,), -1 for padding
+    places = torch.nonzero(index >= 0)[:, 0]
+    index = index[places]
     times = torch.bincount(index.cpu(), minlength=len(dataset))
     wrong = torch.nonzero((times != 1) | (torch.arange(len(times)) >= len(dataset)))[:, 0].tolist()
     if wrong:
@@ -40,11 +40,9 @@ def gather_items(accelerator, indices, outputs, dataset):
             f"{len(wrong)} items are missing, or are there more than once: {'; '.join(names)}. "
             "Is the DataLoader prepared?"
         )
-    gathered = {}
-    for name, batches in outputs.items():
-        values = gather(accelerator, batches)[real]
-        gathered[name] = torch.empty_like(values).index_copy_(0, index, values)
-    return gathered
+    places = torch.empty_like(places).index_copy_(0, index, places)  # (M,), where each item is
+    # One output after the other, and freed where it was, so that few are there at a time.
+    return {name: gather(accelerator, outputs.pop(name))[places] for name in list(outputs)}
 
 
 def gather(accelerator, batches):
@@ -59,6 +57,7 @@ def gather(accelerator, batches):
     for values in batches:
         together[(slice(start, start + len(values)), *map(slice, values.shape[1:]))] = values
         start += len(values)
+    del batches[:], values, first
     for axis in range(together.ndim):  # a gather needs equal sizes
         together = accelerator.pad_across_processes(together, dim=axis, pad_index=padding)
     return accelerator.gather(together)
@@ -99,7 +98,7 @@ def mean_loss(losses: torch.Tensor, dataset) -> float:
     """The mean of losses (N,) by the data set's item_weights, in float64. Raises UserError."""
     require_finite(losses, dataset, "the loss")
     losses = losses.cpu().double()
-    weights = torch.as_tensor(dataset.item_weights, dtype=torch.float64)  # (N,)
+    weights = torch.tensor(dataset.item_weights, dtype=torch.float64)  # (N,)
     return ((weights * losses).sum() / weights.sum()).item()
 
 

@@ -172,7 +172,8 @@ def refuse_sharded_weights(accelerator: Accelerator):
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise UserError(
             "DeepSpeed and FSDP2 divide what training needs; "
-            "to evaluate launch with cpu, single_gpu or multi_gpu.yaml"
+            "to evaluate launch with cpu, single_gpu or multi_gpu.yaml; "
+            "a model that does not fit on one GPU is evaluated by its training: --eval_steps"
         )
 
 

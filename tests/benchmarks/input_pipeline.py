@@ -2,7 +2,7 @@
 
     python tests/benchmarks/input_pipeline.py
 
-Once with the images decoded beforehand and kept, as for what fits, and once decoded at every use, as for what does not.
+Once with the images decoded beforehand and kept, as they are, and once decoded at every use.
 """
 
 import copy
@@ -16,7 +16,6 @@ import torch
 from page_data import write_data
 from torch.utils.data import DataLoader
 
-import data
 import sample_data
 from data import read_datasets
 from model import DualEncoder, DualEncoderConfig
@@ -36,9 +35,11 @@ def main():
         model = DualEncoder(DualEncoderConfig())
         config = Namespace(data_dir=data_dir, max_candidates=400, num_negatives=NEGATIVES, seed=0)
         alternatives = {}
-        for kind, limit in (("kept decoded", data.CACHE_LIMIT), ("decoded at every use", 0)):
-            data.CACHE_LIMIT = limit
-            dataset = read_datasets(config, model, ["train"])[0]
+        kept = read_datasets(config, model, ["train"])[0]
+        for kind, dataset in (
+            ("kept decoded", kept),
+            ("decoded at every use", measure.decoding(kept)),
+        ):
             for workers in (0, 1, 2, 4):
                 alternatives[f"{kind}, {workers} workers"] = (
                     lambda dataset=dataset, workers=workers: deliver(dataset, workers, batches)

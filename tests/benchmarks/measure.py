@@ -1,6 +1,7 @@
 """What the benchmarks share: alternatives timed in turn in one run, peak memory, and a table of ratios."""
 
 import argparse
+import copy
 import ctypes
 import gc
 import os
@@ -56,6 +57,18 @@ def in_turn(alternatives, rounds, warm_up=1):
 def ratio(seconds, name, other):
     """How many times as long as `other` it takes: the median over the rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+
+
+def decoding(dataset):
+    """A copy of a data set that decodes its images at each use, as programs do that keep none."""
+    dataset = copy.copy(dataset)
+    for name in ("pages", "elements"):
+        images = copy.copy(getattr(dataset, name))
+        images.take = lambda numbers, images=images: torch.stack(
+            [torch.from_numpy(images.decode(number)) for number in numbers]
+        )
+        setattr(dataset, name, images)
+    return dataset
 
 
 def peak_memory(run):

@@ -7,6 +7,7 @@ are few and small: decoding is in input_pipeline.py.
 """
 
 import json
+import os
 import random
 import tempfile
 import time
@@ -40,6 +41,7 @@ def main():
                     took = []
 
                     def read(config=config, split=split, took=took):
+                        os.environ["DATA_CACHE"] = tempfile.mkdtemp(dir=folder)  # a first launch
                         began = time.perf_counter()
                         read_datasets(
                             config,

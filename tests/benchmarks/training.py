@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, Dataset
 from trainer_reference import make_trainer
 from transformers import TrainerCallback, default_data_collator
 
-import data
 import sample_data
 import train
 from config import read_config
@@ -66,11 +65,9 @@ def main():
                 *read(little, model, ["eval", "test_vocabulary"]),
                 folder,
             )
-            with mock.patch.object(data, "CACHE_LIMIT", 0):
-                decoding = read(data_dir, model, ["train"])[0]
             alternatives = {
                 "train.py": work.ours,
-                "Trainer": partial(work.trainer_of_rows, decoding),
+                "Trainer": partial(work.trainer_of_rows, measure.decoding(train_dataset)),
                 "Trainer, images in memory": partial(work.trainer_of_rows, train_dataset),
                 "Trainer, same DataLoader": work.trainer,
                 "bare loop, same DataLoader": work.bare,

@@ -402,7 +402,7 @@ def test_the_loss_of_texts_by_brute_force(texts, runs):
     dataset, rerank = read(texts, run)
     losses = []
     for row in range(len(dataset)):
-        elements = dataset.draw(np.array([row]), 0)[0, : 1 + min(3, dataset.num_others[row])]
+        elements = dataset.draw(np.array([row]), 0)[0, : 1 + min(3, dataset.table.num_others[row])]
         query = dataset.pairs.queries[dataset.table.queries[row]]
         scores = []
         for element in elements:

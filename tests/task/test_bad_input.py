@@ -188,7 +188,7 @@ def test_bad_data_is_one_line_on_two_processes(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_meets_a_broken_image(data_dir, tmp_path, tiny_model):
-    """Above the cache limit images are decoded by workers; what they raise is a line too."""
+    """Who edits data.py so that workers decode images: what they raise is a line too."""
     done = launch(
         "tests/task/without_cache.py",
         *("--data_dir", data_dir, "--output_dir", tmp_path / "output"),

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import struct
 import zlib
 from argparse import Namespace
@@ -15,7 +16,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from page_data import COLUMNS, read_csv, write_csv
+from page_data import COLUMNS, read_csv, write_csv, write_data
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -340,11 +341,8 @@ def enormous_png(width, height):
     )
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_images_that_cannot_be_used(data_dir, monkeypatch, cached):
-    """Found before training, whether images are kept decoded or decoded anew each time."""
-    if not cached:
-        monkeypatch.setattr(data, "CACHE_LIMIT", 0)
+def test_images_that_cannot_be_used(data_dir):
+    """Found before training."""
     path = data_dir / "elements" / "element_1.png"
     good = path.read_bytes()
     broken = {
@@ -367,38 +365,17 @@ def test_images_that_cannot_be_used(data_dir, monkeypatch, cached):
     assert "element_1.png" in refusal(data_dir)
 
 
-def test_many_images_are_read_by_several_processes(tmp_path, monkeypatch):
-    (tmp_path / "processes").mkdir()
-    for number in range(2100):
-        if number < 7:
-            Image.new("L", (8, 8), 30 * number).save(tmp_path / f"{number}.png")
-        else:
-            os.link(tmp_path / f"{number % 7}.png", tmp_path / f"{number}.png")
-
-    def decode(path, size):
-        (tmp_path / "processes" / str(os.getpid())).touch()
-        return decode_image(path, size)
-
-    monkeypatch.setattr(data, "decode_image", decode)
+def test_of_several_that_are_broken_the_first_is_named(tmp_path, monkeypatch):
+    """By whichever of the workers meets it."""
+    data_dir = write_data(tmp_path / "many", train=2100)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    keys = [str(number) for number in range(2100)]
-
-    def named(number):
-        return f"train.csv, row {number + 2}"
-
-    images = data.Images(tmp_path, keys, 8, named)
-    assert len(list((tmp_path / "processes").iterdir())) == 2
-    assert [os.path.basename(path) for path in images.paths] == [f"{key}.png" for key in keys]
-    assert (images.pixels == 30 * (np.arange(2100) % 7)[:, None, None, None]).all()
-
-    for broken in (1998, 1400, 1402):
-        (tmp_path / f"{broken}.png").unlink()
-    with pytest.raises(
-        UserError,
-        match=r"^[^\n]*: '1400.png': No such file or directory \(named by train.csv, row 1402\)$",
-    ):
-        data.Images(tmp_path, keys, 8, named)
+    for row in (1998, 1400, 1402):
+        (data_dir / "images" / f"train {row}.png").unlink()
+    message = refusal(data_dir)
+    assert re.search(
+        r"'train 1400.png': No such file or directory \(named by \S*train.csv, row 1402\)$", message
+    )
+    assert not list(data_dir.glob(".data-cache-*/*images*/*"))
 
 
 def test_nothing_left(data_dir):
@@ -408,14 +385,50 @@ def test_nothing_left(data_dir):
 # ---- what a batch is
 
 
-def test_decoding_anew_gives_the_same_pixels(data_dir, monkeypatch):
-    kept = read_all(data_dir)
-    monkeypatch.setattr(data, "CACHE_LIMIT", 0)
-    for one, other in zip(kept, read_all(data_dir), strict=True):
-        assert one.pages.pixels is not None and other.pages.pixels is None
-        for index in range(len(one)):
-            a, b = (dataset.__getitems__([Key(index)]) for dataset in (one, other))
-            assert all(torch.equal(a[name], b[name]) for name in a)
+def test_the_second_launch_parses_and_decodes_nothing(data_dir, monkeypatch):
+    first = read_all(data_dir)
+    for images, name in ((first[0].pages, "images"), (first[0].elements, "elements")):
+        for number, key in enumerate(images.keys):
+            expected = decode_image(data_dir / name / f"{key}.png", images.size)
+            assert torch.equal(images.take(np.array([number]))[0], expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "read_table", None)
+        patch.setattr(data, "decode_image", None)
+        second = read_all(data_dir)
+        assert data.fingerprint(second) == data.fingerprint(first)
+        for one, other in zip(first, second, strict=True):
+            assert one.counts == other.counts and one.name_row(3) == other.name_row(3)
+            for index in range(len(one)):
+                a, b = (dataset.__getitems__([Key(index)]) for dataset in (one, other))
+                assert all(torch.equal(a[name], b[name]) for name in a)
+        patch.setattr(data, "CODE", "edited")
+        with pytest.raises(TypeError):
+            read_all(data_dir)
+
+
+def test_what_changes_is_read_anew(data_dir):
+    path = data_dir / "images" / "train 3.png"
+
+    def read_page(key="train 3"):
+        train, _, _ = read_all(data_dir)
+        pixels = train.pages.take([list(train.pages.keys).index(key)])[0]
+        assert torch.equal(pixels, decode_image(data_dir / "images" / f"{key}.png", 64))
+        return data.fingerprint([train])
+
+    fingerprint, size = read_page(), path.stat().st_size
+    Image.new("RGB", (64, 64), "red").save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    assert read_page() == fingerprint
+    os.utime(path, ns=(5, 5))  # a copy of the data has other times, and a run may resume there
+    assert read_page() == fingerprint
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert read_page() != fingerprint
+    fingerprint = read_page()
+    change(data_dir, "train", 5, x_image_path="train 4")
+    assert read_page("train 4") != fingerprint
+    (data_dir / "images" / "train 4.png").unlink()
+    assert "'train 4.png': No such file or directory (named by" in refusal(data_dir)
+    assert refusal(data_dir).endswith("train.csv, row 5)")
 
 
 def test_a_row_is_its_relevant_element_and_drawn_others(data_dir):
@@ -569,12 +582,12 @@ def test_the_loss_is_the_mean_by_weight(size):
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_batches_of_groups(processes):
-    batches = evaluation_batches([(range(10), 3), (range(10, 33), 1)], 2, processes)
+    batches = list(evaluation_batches([(range(10), 3), (range(10, 33), 1)], 2, processes))
     assert len(batches) % processes == 0
     assert [key.index for batch in batches for key in batch if key.weight] == list(range(33))
-    once = evaluation_batches([(range(10), 3), (range(10, 33), 1)], 2, 1)
+    once = list(evaluation_batches([(range(10), 3), (range(10, 33), 1)], 2, 1))
     assert [len(batch) for batch in once] == [6, 4] + [2] * 12  # each of one group
-    assert [key.index for key in once[-1]] == [32, 10]
+    assert [key.index for key in once[-1]] == [32, 32]
     assert batches[: len(once)] == once  # the same batches, whatever the processes
     assert not any(key.weight for batch in batches[len(once) :] for key in batch)
 
