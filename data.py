@@ -200,7 +200,7 @@ def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: di
     columns = np.ascontiguousarray(np.asarray(rows).reshape(-1, 7).T)  # (7, N)
     starts = np.cumsum([0, *map(len, lists)]) // 4
     listed = np.frombuffer(b"".join(lists), np.int32)
-    table = Table(path, counts, describe_file(path)[1], *columns, starts, listed)
+    table = Table(path, counts, describe_file(path)[1], *columns, starts=starts, listed=listed)
     for name, odd, what in (
         ("missing", table.labels < 0, "is not among the candidates, letter by letter"),
         ("alone", table.num_others == 0, "is the only candidate, so nothing is ranked"),

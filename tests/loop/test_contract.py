@@ -33,6 +33,11 @@ batches.check_datasets(accelerator, datasets)
 batches.make_train_dataloader(accelerator, dataset, state, config)
 batches.make_dataloader(accelerator, dataset, config, **sampling)
 batches.evaluation_batches(groups, batch_size, num_processes)
+cache.Texts(encoded, starts)
+cache.hash_files(keys, stat)
+cache.items(folder, kind, key, shape, dtype, make, named_by)
+cache.kept(folder, kind, key, make)
+cache.in_workers(function, starts, least, title)
 checkpoint.hash_model(accelerator, model_name_or_path)
 checkpoint.load_training_state(accelerator, checkpoint)
 checkpoint.save_checkpoint(accelerator, model, state, output_dir, total_limit)
@@ -163,6 +168,6 @@ def test_a_data_set_that_breaks_the_contract(changed, message):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_batch_of_an_evaluation_is_no_larger_than_its_group(processes):
-    batches = evaluation_batches([(range(10), 3), (range(10, 33), 1)], 10_000_000, processes)
+    batches = list(evaluation_batches([(range(10), 3), (range(10, 33), 1)], 10_000_000, processes))
     assert batches[:2] == [list(map(Key, range(10))), list(map(Key, range(10, 33)))]
     assert len(batches) == 2

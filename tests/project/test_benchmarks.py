@@ -24,6 +24,7 @@ ROWS = {
         "of it: imports",
         "of it: first update",
     ],
+    "scale": ["s to the first update, second launch", "MB of the machine, 2 processes"],
     "input_pipeline": [
         "kept decoded, 0 workers",
         "decoded at every use, 4 workers",
