@@ -156,7 +156,7 @@ def read_tables(folder, splits, max_candidates):
         names = Table.__annotations__
         values: dict[str, Any] = {name: made[f"{path.stem}.{name}"] for name in names}
         plain = {name: json.loads(values[name].item()) for name in ("counts", "digest")}
-        tables.append(Table(**values | plain | {"path": path}))
+        tables.append(check_relevant(Table(**values | plain | {"path": path})))
     return tables, *(Texts(made[kind], made[f"{kind}.starts"]) for kind in ("pages", "elements"))
 
 
@@ -173,8 +173,7 @@ def write_tables(paths, max_candidates, folder):
 def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: dict) -> Table:
     """Read a CSV. Rows without candidates and rows with `max_candidates` or more are left out.
 
-    New keys get the next numbers of query_ids and element_ids. Raises UserError, also where the
-    relevant element is missing from the candidates of every row, or is the only one.
+    New keys get the next numbers of query_ids and element_ids. Raises UserError.
     """
     counts = {"used": 0, "no_candidates": 0, "too_many_candidates": 0}
     rows = array("q")
@@ -200,15 +199,19 @@ def read_table(path: Path, max_candidates: int, query_ids: dict, element_ids: di
     columns = np.ascontiguousarray(np.asarray(rows).reshape(-1, 7).T)  # (7, N)
     starts = np.cumsum([0, *map(len, lists)]) // 4
     listed = np.frombuffer(b"".join(lists), np.int32)
-    table = Table(path, counts, describe_file(path)[1], *columns, starts=starts, listed=listed)
+    return Table(path, counts, describe_file(path)[1], *columns, starts=starts, listed=listed)
+
+
+def check_relevant(table: Table) -> Table:
+    """Count the rows that rank nothing. Warns of many. Raises UserError if all are such rows."""
     for name, odd, what in (
         ("missing", table.labels < 0, "is not among the candidates, letter by letter"),
         ("alone", table.num_others == 0, "is the only candidate, so nothing is ranked"),
     ):
-        counts[f"relevant_{name}"] = int(odd.sum())
+        table.counts[f"relevant_{name}"] = int(odd.sum())
         if odd.mean() > 0.1:
             first = f"the first is row {table.numbers[odd][0]}"
-            message = f"{path}: in {odd.sum()} of {len(odd)} rows resourceKey {what}; {first}"
+            message = f"{table.path}: in {odd.sum()} of {len(odd)} rows resourceKey {what}; {first}"
             if odd.all():
                 raise UserError(message)
             if os.environ.get("RANK", "0") == "0":

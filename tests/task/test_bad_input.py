@@ -14,11 +14,11 @@ import pytest
 from conftest import launch, refused
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from page_data import save_image, write_csv
+from page_data import read_table, save_image, write_csv
 from PIL import Image
 
 from config import read_config
-from data import decode_image, find_image, parse_keys, parse_literal, read_table
+from data import decode_image, find_image, parse_keys, parse_literal
 from runtime.launch import UserError
 
 EXAMPLES = settings(

@@ -16,12 +16,12 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from page_data import COLUMNS, read_csv, write_csv, write_data
+from page_data import COLUMNS, read_csv, read_table, write_csv, write_data
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import decode_image, parse_literal, read_datasets, read_table
+from data import decode_image, parse_literal, read_datasets
 from runtime.batches import Key, TrainSampler, evaluation_batches, whole
 from runtime.launch import UserError
 

@@ -16,11 +16,11 @@ import zlib
 
 import numpy as np
 import pytest
-from page_data import COLUMNS, write_csv
+from page_data import COLUMNS, read_table, write_csv
 from PIL import Image
 
 from config import Config, read_config
-from data import decode_image, find_image, read_table
+from data import decode_image, find_image, read_tables
 from runtime.launch import UserError
 
 REFUSED = "refused"
@@ -523,6 +523,17 @@ def test_other_processes_do_not_warn_too(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     read_table(tmp_path / "x.csv", 9, {}, {})
     assert "in 1 of 2 rows resourceKey is not among the candidates" in capsys.readouterr().out
+
+
+def test_a_second_launch_warns_too(tmp_path, capsys):
+    """It parses nothing: what was read is kept."""
+    row = ["w", 1, 1, "page", "k", "['other', 'k']", "[1]", "[1]"]
+    (tmp_path / "csv").mkdir()
+    write_csv(tmp_path / "csv" / "x.csv", [row, [*row[:4], "007", "[7]", *row[6:]]])
+    for _ in range(2):
+        (table,), *_ = read_tables(tmp_path, ["x"], 9)
+        assert table.counts["relevant_missing"] == 1
+        assert "in 1 of 2 rows resourceKey is not among" in capsys.readouterr().out
 
 
 # ---- columns and encodings
