@@ -187,7 +187,7 @@ def load_model(model_name_or_path: str | Path | None, options=None) -> DualEncod
         return DualEncoder(DualEncoderConfig(**sizes))
     config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     if isinstance(config, DualEncoderConfig):
-        return load_weights(DualEncoder, model_name_or_path, **sizes)
+        return load_weights(DualEncoder, model_name_or_path, whole=True, **sizes)
     config = getattr(config, "vision_config", config)  # CLIP and its like: the image half
     backbone = load_weights(AutoModel, model_name_or_path, config=config, dtype=torch.float32)
     size = getattr(config, "image_size", None) or 224
@@ -206,10 +206,10 @@ def load_model(model_name_or_path: str | Path | None, options=None) -> DualEncod
     return DualEncoder(config, backbone)
 
 
-def load_weights(kind, model_name_or_path, **options):
+def load_weights(kind, model_name_or_path, whole=False, **options):
     """`from_pretrained`, which makes random weights of those that are missing or do not fit.
 
-    In a DualEncoder none may be, in another model not most. Process 0 says which are.
+    Most must be there; `whole`: all, and no others. Process 0 says which are not.
     """
     model, found = kind.from_pretrained(
         model_name_or_path,
@@ -220,11 +220,11 @@ def load_weights(kind, model_name_or_path, **options):
         **options,
     )
     random = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    unknown = sorted(found["unexpected_keys"]) if kind is DualEncoder else []
+    unknown = sorted(found["unexpected_keys"]) if whole else []
     total = len(model.state_dict())
     said = f"{len(random)} of its {total} weights are missing or do not fit, {len(unknown)} are "
     said += f"unknown: {', '.join((random + unknown)[:5])}"
-    if unknown or len(random) > (0 if kind is DualEncoder else total / 2):
+    if unknown or len(random) > (0 if whole else total / 2):
         raise ValueError(said)
     if random and os.environ.get("RANK", "0") == "0":
         print(f"{model_name_or_path}: {said}. They start random", flush=True)

@@ -13,7 +13,7 @@ from runtime.launch import UserError
 def make_trainable(accelerator, model, dataset, gradient_checkpointing: bool):
     """Freeze what gets no gradient: DDP would stop at it, and FSDP2 could not resume.
 
-    Every process must call this before the model is prepared. Process 0 tries the first item of
+    Every process must call this before the model is prepared. Process 0 tries the first items of
     the data set. Raises UserError where the model is random in evaluation mode, ValueError where it
     has no gradient checkpointing.
     """
@@ -26,18 +26,21 @@ def make_trainable(accelerator, model, dataset, gradient_checkpointing: bool):
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         accelerator.print("BatchNorm: the numbers depend on the micro-batch and on the processes")
     if gradient_checkpointing:
+        if not hasattr(model, "activation_checkpointing_enable"):
+            raise UserError(f"--gradient_checkpointing: {type(model).__name__} does not offer it")
         model.activation_checkpointing_enable()
 
 
 def unused_parameters(model, dataset) -> list[str]:
-    """The names of the parameters that the loss of an item does not depend on. Raises UserError."""
-    batch = dataset.__getitems__([Key(0)])
+    """The names of the parameters that no item's loss depends on. Raises UserError."""
+    keys = [Key(item) for item in range(min(4, len(dataset)))]
+    batch = dataset.__getitems__(keys)
     del batch["index"], batch["weight"]
     with evaluation_mode(model):
         again = model(**batch)
         # Only the graph is looked at. Without what backward would need it takes no memory.
         with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
-            outputs = check_outputs(model(**batch), 1, "losses")
+            outputs = check_outputs(model(**batch), len(keys), "losses")
     for name, values in outputs.items():
         if not values.float().allclose(again[name].float(), 1e-5, 1e-5, equal_nan=True):
             raise UserError(f"in evaluation mode its {name!r} are random; name another model")
