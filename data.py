@@ -267,6 +267,12 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict]]
         raise UserError(f"{path}, after row {number}: not a CSV ({error})") from None
 
 
+def require_file(path):
+    """Raise an OSError unless it is a regular file: a FIFO would wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(0, "not a regular file")
+
+
 @functools.lru_cache(4096)  # rows of one search have the same list, and parsing is the slow part
 def parse_keys(text: str) -> tuple[int, tuple[str, ...]]:
     """(how many keys a cell lists, each key once). Raises ValueError."""
@@ -349,12 +355,6 @@ def find_image(root: str, key: str) -> str:
     if not path.startswith(os.path.join(root, "")):
         raise UserError(f"{shorten(key)} points outside {root}")
     return path
-
-
-def require_file(path):
-    """Raise an OSError unless it is a regular file: a FIFO would wait for ever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(0, "not a regular file")
 
 
 def decode_image(path, size: int) -> torch.Tensor:

@@ -124,6 +124,9 @@ class Rows:
             "labels": torch.zeros(1, dtype=torch.int64),
         }
 
+    def __len__(self):
+        return 1
+
     def __getitems__(self, keys):
         return self.batch | {"index": torch.zeros(1), "weight": torch.ones(1)}
 
