@@ -35,7 +35,7 @@ class Config:
     )
     dataloader_num_workers: int = setting(
         0,
-        "per process; 0 is fastest, since images are decoded before training",
+        "per process; 0 is fastest, unless it takes long to make a batch",
         check=("a whole number up to 256", lambda value: value <= 256),
     )
 

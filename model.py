@@ -177,9 +177,9 @@ def rerank_scores(
 def load_model(model_name_or_path: str | Path | None, options=None) -> DualEncoder:
     """A DualEncoder: one that train.py saved, or any vision model of a folder or of the hub.
 
-    None: a small one without training. Weights are read from safetensors only. No code that comes
-    with them is run. options: of train.py; the sizes that they name replace the model's own. Raises
-    OSError, SafetensorError or, where the model is not known or its weights do not fit, ValueError.
+    None: a small one without training. options: of train.py; sizes that they name replace its own.
+    Weights are read from safetensors only. No code that comes with them is run. Raises OSError,
+    SafetensorError or, where the model is not known or its weights do not fit, ValueError.
     """
     sizes = {name: getattr(options, name, None) for name in ("page_size", "element_size")}
     sizes = {name: size for name, size in sizes.items() if size is not None}
