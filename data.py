@@ -365,7 +365,7 @@ def decode_image(path, size: int) -> torch.Tensor:
     with open_image(path) as image:
         if image.mode == "L" and "transparency" in image.info:
             # Pillow scales grey of 2 and 4 bits to 8, but not the one that is transparent.
-            image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
+            image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(str(image.tile[0][3]), 1)
         image.load()
         with suppress(Exception):  # damaged EXIF turns nothing: the picture itself can be whole
             ImageOps.exif_transpose(image, in_place=True)

@@ -9,6 +9,7 @@ import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -92,7 +93,7 @@ def start_trackers(accelerator: Accelerator, config, state: TrainState, datasets
     jsonl, *names = accelerator.log_with
     accelerator.trackers = [jsonl]
     for name in map(str, names):
-        kind = LOGGER_TYPE_TO_CLASS[name]
+        kind: Any = LOGGER_TYPE_TO_CLASS[name]
         where = [accelerator.logging_dir] if kind.requires_logging_directory else []
         options = wandb_options(facts["run_id"], config.output_dir) if name == "wandb" else {}
         tracker = OptionalTracker(kind(config.project, *where, **options))
@@ -125,7 +126,7 @@ def wandb_options(run_id: str, output_dir: str) -> dict:
 class OptionalTracker:
     """A tracker whose first failure is one line, and its last call. log.jsonl has everything."""
 
-    def __init__(self, tracker: GeneralTracker):
+    def __init__(self, tracker):
         self.wrapped, self.works = tracker, True
 
     def __getattr__(self, name):

@@ -27,14 +27,17 @@ def test_each_config_says_when_and_how(path):
     ("config", "environment", "message"),
     [
         (None, {}, "several processes were asked for and one was started"),
-        ("fsdp2", {}, "accelerate made MULTI_CPU of it; it runs FSDP on GPUs only"),
+        pytest.param(
+            *("fsdp2", {}, "accelerate made MULTI_CPU of it; it runs FSDP on GPUs only"),
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             *("zero1", {"ACCELERATE_USE_CPU": "true"}),
             "the launch asks for DEEPSPEED, and accelerate made MULTI_CPU of it",
             marks=pytest.mark.long,
         ),
         (
-            *("cpu_2_processes", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}),
+            *("cpu", {"processes": None, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}),
             "asks for accumulation 4, the command for 1",
         ),
         pytest.param(

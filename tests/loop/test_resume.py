@@ -371,6 +371,17 @@ def test_run_yaml_is_the_run_again(run_alone, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_what_is_not_ours_stays_among_the_checkpoints(run_alone, tmp_path):
+    """Rotation looks at our names alone. What our own kills have left goes."""
+    folder = tmp_path / "output" / "checkpoints"
+    theirs = ["step_00000002_keep", ".mine", "step_00000002.tar.gz", "step_notes.txt", "step_2"]
+    for name in [*theirs, ".step_00000003-unfinished"]:
+        (folder / name).mkdir(parents=True)
+    run_alone(tmp_path / "output", "--max_steps", 8, "--save_total_limit", 1)
+    assert {path.name for path in folder.iterdir()} == {*theirs, "step_00000008"}
+
+
+@pytest.mark.slow
 def test_a_run_that_does_not_improve_stops_early(run_alone, tmp_path, capsys):
     flags = [tmp_path / "output", "--learning_rate", 0, "--early_stopping_patience", 2]
     run_alone(*flags)
