@@ -29,7 +29,8 @@ FAMILIES = {
     "vit": TINY,
     "dinov2": TINY | {"mlp_ratio": 2},
     "dinov2_with_registers": TINY | {"mlp_ratio": 2},
-    "dinov3_vit": TINY | {"pos_embed_rescale": None},  # random in training, as dropout is
+    # Rescaling is random in training, as dropout is. ZeRO-3 takes no empty parameter of registers.
+    "dinov3_vit": TINY | {"pos_embed_rescale": None, "num_register_tokens": 2},
     "clip_vision_model": TINY,
     "siglip_vision_model": TINY,
     "beit": TINY | {"drop_path_rate": 0.0},
