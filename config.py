@@ -2,7 +2,8 @@
 
     accelerate launch train.py --config run.yaml --learning_rate 1e-3    # flags go over the YAML
 
-EDIT HERE to add one: a field. Flags, YAML, --help and checks follow from it.
+EDIT HERE to add one: a field. It is an `option` if numbers depend on it, which a resume compares,
+else a `setting`. Flags, YAML, --help and checks follow from it.
 Processes, strategy and precision are the launch's to say.
 """
 
@@ -78,8 +79,8 @@ class Config:
         "updates between two lines of train/loss; each waits for the device; 0: only at the end",
         heading="logging, evaluating, saving (in updates; each also happens at the end)",
     )
-    # Which model is best/ depends on eval_steps and metric_for_best_model. Training does not.
-    # They still count: the numbers that are reported are those of best/.
+    # Training depends on eval_steps and metric_for_best_model only where it stops early. They still
+    # count: the numbers that are reported are those of best/.
     eval_steps: int = option(500, "updates between two; 0: only at the start and the end")
     per_device_eval_batch_size: int = option(
         32, "items in a process's batch; 32 is fastest on a CPU; raise it on a GPU", at_least=1
@@ -108,7 +109,7 @@ class Config:
     project: str = setting("match-element", "the trackers' project")
 
     def __post_init__(self):
-        # -1 is Trainer's word for 0. As one value both resume the same run.
+        # Trainer's -1 means 0. As one value both resume the same run.
         object.__setattr__(self, "max_steps", max(0, self.max_steps))
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from runtime import launch
 
-__getattr__ = launch.refuse_hidden_library()
+__getattr__ = launch.refuse_hidden_library()  # `import evaluate` finds this file
 
 import report
 from config import Config, EvaluateConfig, read_options
@@ -66,7 +66,8 @@ class Evaluation(NamedTuple):
 def make_evaluations(eval_dataset=None, rerank_dataset=None) -> dict[str, Evaluation]:
     """EDIT HERE to add or drop evaluations. Without any there is no best/. Names are log prefixes.
 
-    A second one: read its data in both main functions. Its report writes metric_{name}.csv.
+    A second one: also its CSV in both main functions and in read_datasets. Its report writes
+    metric_{name}.csv. Without "eval" set metric_for_best_model.
     """
     return {
         "eval": Evaluation(evaluate, eval_dataset, compute_metrics),

@@ -11,11 +11,11 @@ TOP_K = (1, 4, 5, 10, 20, 50, 100)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The mean over the queries of each metric of `measure_queries`. As for Trainer.
+    """The mean over the queries of each metric of `measure_queries`, as for Trainer.
 
     prediction.predictions: float (N, C), scores. Short rows end in -inf.
     prediction.label_ids: int (N,), the column of the relevant candidate, or -1 where it is missing.
-    prediction.inputs: int (N,), positions: pandas.read_csv(the CSV).iloc[inputs] are the queries.
+    prediction.inputs: int (N,), rows of the CSV: pandas.read_csv(it).iloc[inputs] are the queries.
     """
     return {name: float(values.mean()) for name, values in measure_queries(prediction).items()}
 
@@ -23,8 +23,8 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def measure_queries(prediction: EvalPrediction) -> dict[str, np.ndarray]:
     """The metrics of each query: {name: float64 (N,)}.
 
-    EDIT HERE to add one. Its mean is logged and shown, and metric.csv, which has a row for each
-    query, gets a column. A resume does not notice an edited formula.
+    EDIT HERE to add one. Its mean is in the log and in the closing table. metric.csv, which has a
+    row for each query, gets a column. A resume does not notice an edited formula.
     """
     ranks = ranks_of_relevant(prediction.predictions, prediction.label_ids)  # (N,)
     # With one relevant candidate, recall is the hit rate: 1 where the rank is at most k.

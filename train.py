@@ -51,8 +51,9 @@ def main():
         sample_data.build_once(accelerator, config.data_dir)
 
     # A checkpoint holds the model, `state` with `depends_on`, the optimizer and random states.
-    # A resume: find it, load the model, read the data, compare `depends_on`, restore `state`; in
-    # `train` load the rest. No resume: drop find_checkpoint, resume and load_training_state.
+    # A resume: find it, load the model, read the data, compare `depends_on`, restore `state`. Then
+    # `train` loads the optimizer and random states. To delete resuming: find_checkpoint, resume,
+    # load_training_state and `checkpoint`; make_output_dir gets "never".
     checkpoint = find_checkpoint(accelerator, config.output_dir, config.resume_from_checkpoint)
     model_dir = checkpoint or config.model_name_or_path
     with launch.option_named(f"--model_name_or_path {model_dir}"):
@@ -101,7 +102,7 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, evaluati
             maybe_log_save_evaluate(accelerator, model, state, config, evaluations)
         model.train()
         for batch in train_dataloader:  # the micro-batches of all epochs
-            if state.finished:  # early, by early_stopping_patience
+            if state.finished:  # stopped early, or its last evaluation was redone
                 break
             # `backward` all-reduces gradients at an update's last micro-batch: `accumulate` sees to
             # it. At the others optimizer.step and zero_grad do nothing.
@@ -143,8 +144,8 @@ def train_step(accelerator, model, batch):
     """Forward and backward of a micro-batch. Returns its index, weight and losses, each (B,).
 
     They stay on the device: no synchronisation here. An epoch's last global batch is padded to
-    its full size on all processes. Padding has index -1 and weight 0. The other rows of
-    that batch weigh more, so that the mean is theirs. In a full batch every row weighs 1.
+    its full size on all processes. Padding has index -1 and weight 0. The real rows weigh more
+    by as much, so the batch's mean is over them alone. In a full batch every row weighs 1.
     """
     index, weight = batch.pop("index"), batch.pop("weight")  # (B,), (B,)
     # Not model.module(...): without the wrapper's forward no gradients are synchronised.

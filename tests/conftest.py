@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-# For launches that share the cores: threads that spin while they wait slow all of them tenfold.
-SIDE_BY_SIDE = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Tests run side by side, here and in launches. Threads that wait for a busy core, and spin while
+# they wait, slow all of them down tenfold.
+SIDE_BY_SIDE = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+os.environ.update(SIDE_BY_SIDE)
 
 
 def pytest_addoption(parser):
