@@ -141,8 +141,13 @@ def test_a_report_that_breaks_ends_evaluate_py_alone(tmp_path, capsys):
     ("project", "environment", "said"),
     [
         ("a/b", {}, "Invalid project name 'a/b'"),
-        ("ours", {"WANDB_API_KEY": "short"}, "WANDB_API_KEY invalid"),
-        ("ours", {"WANDB_MODE": "online"}, "there is no key"),
+        pytest.param(
+            *("ours", {"WANDB_API_KEY": "short"}, "WANDB_API_KEY invalid"), marks=pytest.mark.long
+        ),
+        pytest.param(
+            *("ours", {"WANDB_MODE": "online"}, "WANDB_MODE is online, and there is no key"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_wandb_is_asked_first(project, environment, said, tmp_path):
