@@ -166,15 +166,16 @@ class Batches(Sampler):
     """Lists of Keys, made as they are asked for: an item of millions would take 100 bytes."""
 
     def __init__(self, spans):
-        self.spans = spans  # of each batch: its items (range), its length with padding, the weight
+        # Of each batch: its items (range), the one that pads it, its length with padding, a weight.
+        self.spans = spans
 
     def __len__(self):
         return len(self.spans)
 
     def __iter__(self):
-        for items, length, weight in self.spans:
+        for items, padding, length, weight in self.spans:
             keys = [Key(item, weight=weight) for item in items]
-            yield keys + [Key(items[0], weight=0.0)] * (length - len(keys))
+            yield keys + [Key(padding, weight=0.0)] * (length - len(keys))
 
 
 def evaluation_batches(groups: list[tuple[range, int]], batch_size: int, num_processes: int):
@@ -190,7 +191,7 @@ def evaluation_batches(groups: list[tuple[range, int]], batch_size: int, num_pro
         size = min(batch_size, len(items))
         for start in range(0, len(items), multiple * size):
             part = items[start : start + multiple * size]
-            spans.append((part, size * math.ceil(len(part) / size), 1.0))
+            spans.append((part, items[0], size * math.ceil(len(part) / size), 1.0))
     # A process with a batch less than others gets one of padding, of a shape that is there already.
-    padding = (*spans[-1][:2], 0.0)
+    padding = (*spans[-1][:3], 0.0)
     return Batches(spans + [padding] * (-len(spans) % num_processes))
