@@ -74,7 +74,7 @@ def test_the_order_of_calls_is_the_documented_one(run):
 def test_what_our_reports_leave(run):
     names = {path.name for path in run.folder.iterdir()}
     ours = {"metric.csv", "contact_sheet.png", "curves.png"}
-    assert names == ours | {"best", "checkpoints", "log.jsonl"}
+    assert names == ours | {"best", "checkpoints", "log.jsonl", "run.yaml"}
     first, lines = read_log(run.folder)
     others = "no_candidates", "too_many_candidates", "relevant_missing", "relevant_alone"
     assert list(first["data"].values())[0] == {"used": 41} | dict.fromkeys(others, 0)
