@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -260,6 +261,14 @@ def leave_signals_to_the_main_process(worker):
         signal.signal(number, signal.SIG_IGN)
     # Not ignored: a process that ends sends SIGTERM to its workers and waits until they are gone.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    # Else a worker whose process was killed waits for ever: nobody reads the batch that it sends.
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent: int):
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
 
 
 def make_writable(folder: str | Path):
