@@ -305,3 +305,29 @@ def test_batches_of_workers_need_no_shared_memory():
         for batch in batches:
             assert batch["name"] == ["a", "b"] and not batch["values"].is_shared()
             batch["values"] += 1
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed():
+    """Each is about to send a batch that is larger than a pipe."""
+    program = """import time, torch, multiprocessing
+from types import SimpleNamespace
+from runtime.batches import make_dataloader
+class Rows:
+    def __len__(self): return 64
+    def __getitems__(self, keys): return {"values": torch.zeros(1_000_000)}
+config = SimpleNamespace(dataloader_num_workers=2)
+accelerator = SimpleNamespace(device=torch.device("cpu"))
+batches = iter(make_dataloader(accelerator, Rows(), config, batch_size=4))
+next(batches)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+time.sleep(60)"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        workers = [Path(f"/proc/{pid}/cmdline") for pid in process.stdout.readline().split()]
+        process.kill()
+        began = time.time()
+        while any(path.exists() and path.read_bytes() for path in workers):  # a zombie has none
+            assert time.time() - began < 20
+            time.sleep(0.2)
+    assert len(workers) == 2
