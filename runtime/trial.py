@@ -1,4 +1,4 @@
-"""What a trial of one item says of a model before it is trained."""
+"""What a trial of a few items says of a model before it is trained."""
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -14,8 +14,8 @@ def make_trainable(accelerator, model, dataset, gradient_checkpointing: bool):
     """Freeze what gets no gradient: DDP would stop at it, and FSDP2 could not resume.
 
     Every process must call this before the model is prepared. Process 0 tries the first items of
-    the data set. Raises UserError where the model is random in evaluation mode, ValueError where it
-    has no gradient checkpointing.
+    the data set. Raises UserError where the model is random in evaluation mode, or does not offer
+    gradient checkpointing; ValueError where its backbone does not.
     """
     unused = [unused_parameters(model, dataset) if accelerator.is_main_process else []]
     broadcast_object_list(unused)

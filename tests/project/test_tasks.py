@@ -85,7 +85,6 @@ def run(task, copy):
         cwd=copy,
         RUNS=json.dumps(descriptions),
         FOLDER=str(folder),
-        OMP_NUM_THREADS="1",
     )
     first, lines = read_log(output)
     last = output / "checkpoints" / f"step_{lines[-1]['step']:08d}"
