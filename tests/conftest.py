@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,11 @@ def launch_environment():
         if not name.startswith(("WANDB", "ACCELERATE", "OMP_NUM"))
     }
     return kept | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+
+
+def not_under_nohup():
+    """For a process that SIGHUP must reach, though these tests may run under `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def read_log(output_dir):

@@ -22,7 +22,7 @@ import psutil
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from conftest import SIDE_BY_SIDE, Tiny, launch_command, launch_environment
+from conftest import SIDE_BY_SIDE, Tiny, launch_command, launch_environment, not_under_nohup
 from test_resume import OPTIONS, assert_the_same_run
 
 KILLS_OF_A_RUN = 5
@@ -46,6 +46,7 @@ def main():
             with open(folder / "text", "w", encoding="utf-8") as text:
                 reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=text)
             options = {"env": launch_environment() | SIDE_BY_SIDE, "start_new_session": True}
+            options["preexec_fn"] = not_under_nohup
             run = subprocess.Popen(command, stdout=reader.stdin, stderr=reader.stdin, **options)
             reader.stdin.close()
             return run, reader

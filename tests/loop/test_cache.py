@@ -85,6 +85,7 @@ def test_an_item_that_cannot_be_made(tmp_path):
     assert not names(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_is_sent_no_content(tmp_path):
     array = make(tmp_path, 1000)
     assert len(pickle.dumps(array)) < 1000 and type(array[3:5]) is np.ndarray

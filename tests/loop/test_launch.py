@@ -156,6 +156,7 @@ def test_the_slurm_script(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_is_refused_is_one_line(tiny, tmp_path):
     flags = tiny.flags(tmp_path / "output", "--model_name_or_path", "/nowhere")
     assert "--model_name_or_path /nowhere: " in refused("train.py", *flags)

@@ -91,6 +91,7 @@ def test_the_owner_touches_its_file_and_finds_another(path, monkeypatch):
     assert path.read_text() == "another's" and not path.with_name("log.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [False, True])
 def test_of_many_at_once_one_is_the_owner(dead, path):
     if dead:

@@ -33,7 +33,7 @@ ROWS = {
 }
 
 
-LONG = {*ROWS} - {"ranking_metrics", "reading"}  # they launch, and take three minutes of CI
+LONG = {*ROWS} - {"ranking_metrics"}  # they take four minutes of CI
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import inspect
 import re
 import shlex
 
+import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -144,6 +145,7 @@ def test_each_option_of_trainer_has_its_place():
     assert sorted(sum(others, same)) == sorted(fields)
 
 
+@pytest.mark.slow
 def test_each_override_and_event_has_its_place():
     for names, here in table("Overrides"):
         assert all(hasattr(Trainer, name) for name in names), names

@@ -7,6 +7,7 @@ import pytest
 from conftest import REPOSITORY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

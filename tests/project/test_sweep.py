@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import yaml
 from conftest import REPOSITORY
 from wandb.wandb_agent import Agent
@@ -20,6 +21,7 @@ def sampled(seed):
     }
 
 
+@pytest.mark.slow
 def test_a_sweep_reaches_the_config(tmp_path, monkeypatch):
     """wandb's own agent runs the command; `accelerate` writes down what it is given."""
     script = '#!/bin/bash\nprintf "%s\\n" "$@" > "$WANDB_DIR/$WANDB_RUN_ID"\n'

@@ -232,6 +232,7 @@ def test_hours_for_every_group_and_gradients_once(monkeypatch):
     assert given["timeout"].total_seconds() == 7200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regions", [False, True])
 def test_a_compiled_model_is_saved_as_one_that_is_not(regions, tmp_path, monkeypatch):
     model = load_model(make_backbone(tmp_path / "vit", "vit")).eval()

@@ -365,6 +365,7 @@ def test_images_that_cannot_be_used(data_dir):
     assert "element_1.png" in refusal(data_dir)
 
 
+@pytest.mark.slow
 def test_of_several_that_are_broken_the_first_is_named(tmp_path, monkeypatch):
     """By whichever of the workers meets it."""
     data_dir = write_data(tmp_path / "many", train=2100)

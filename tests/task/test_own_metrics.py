@@ -136,8 +136,10 @@ def test_unchanged_it_would_not_do(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", ["import evaluate", "from evaluate import load"])
-@pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
+@pytest.mark.parametrize(
+    ("program", "line"),
+    [("train.py", "import evaluate"), ("evaluate.py", "from evaluate import load")],
+)
 def test_the_library_evaluate_is_hidden(program, line, tmp_path):
     """Most scripts for Trainer import it. In metrics.py of a copy that ends in one line."""
     for path in REPOSITORY.glob("*.py"):
