@@ -250,7 +250,7 @@ def parity_table(runs, evaluated):
         "weights": "weights",
     }
     counts = {
-        "predictions, metrics": ("first evaluation", "equal"),
+        "first evaluation": ("first evaluation", "equal"),
         "rows trained": ("rows", "each once"),
         "inputs encoded": ("items", "each once"),
     }
