@@ -193,11 +193,11 @@ def make_output_dir(accelerator: Accelerator, output_dir: str, resume_from_check
     if os.path.exists(log):
         with launch.option_named(f"--output_dir {folder}"):
             open(log, "a").close()
-    if os.path.exists(log) and not resumes:
-        raise UserError(
-            f"--output_dir {folder} holds a run already: name another one, remove it, "
-            "or leave --resume_from_checkpoint out"
-        )
+        if not resumes:
+            raise UserError(
+                f"--output_dir {folder} holds a run already: name another one, remove it, "
+                "or leave --resume_from_checkpoint out"
+            )
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     launch.make_writable(folder)
     launch.own(accelerator, folder)

@@ -153,7 +153,9 @@ def keep_lines(log: Path, state: TrainState, facts: dict) -> dict:
             kept.append(line)
     with writing("log.jsonl", log.parent):
         if damaged:
-            copy = shutil.copy(log, log.with_name("damaged_log.jsonl"))
+            copy = log.with_name("damaged_log.jsonl")
+            with open(copy, "ab") as file:  # after those of an earlier time
+                file.write(log.read_bytes())
             print(f"{log}: lines {damaged} are damaged and left out; {copy} has them")
         unfinished = log.with_name(f".{log.name}-unfinished")  # a kill leaves one or the other
         unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -12,7 +12,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 # Tests run side by side, here and in launches. Threads that wait for a busy core, and spin while
-# they wait, slow all of them down tenfold.
+# they wait, slow all of them down tenfold. And with other numbers of threads the last bits of
+# attention can differ.
 SIDE_BY_SIDE = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
 os.environ.update(SIDE_BY_SIDE)
 

@@ -118,7 +118,6 @@ class Runs:
         folder.mkdir()
         options = {"config": config, "processes": processes, "mixed_precision": "no"}
         options |= {"RUNS": json.dumps(runs), "FOLDER": str(folder)}
-        options["OMP_NUM_THREADS"] = "1"  # the last bits of attention can depend on the threads
         if config == "fsdp2":
             options["FSDP2_ON_CPU"] = "1"
         script = "tests/loop/recorded_run.py"

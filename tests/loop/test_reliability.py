@@ -221,7 +221,7 @@ DAMAGED += [b'{"step": 3, "tr', b"[" * 100_000, b'{"step": Infinity}']
 @pytest.mark.parametrize("damaged", DAMAGED, ids=lambda line: repr(line[:12]))
 def test_a_damaged_line_of_the_log_is_left_out(damaged, tmp_path, capsys):
     log, state = tmp_path / "log.jsonl", Namespace(step=6, done=False)
-    lines = [json.dumps(line).encode() for line in (FIRST, *LINES)]
+    lines, copies = [json.dumps(line).encode() for line in (FIRST, *LINES)], b""
     for place in range(len(lines)):
         before = b"\n".join([*lines[:place], damaged, *lines[place + 1 :], b""])
         log.write_bytes(before)
@@ -230,7 +230,8 @@ def test_a_damaged_line_of_the_log_is_left_out(damaged, tmp_path, capsys):
         expected = [line for number, line in enumerate(LINES[:2], 1) if number != place]
         assert kept == [facts, *expected] and facts["run_id"] == ("2" if place == 0 else "1")
         assert f"lines [{place + 1}] are damaged" in capsys.readouterr().out
-        assert (tmp_path / "damaged_log.jsonl").read_bytes() == before
+        copies += before  # one damage does not cost what an earlier one had left
+        assert (tmp_path / "damaged_log.jsonl").read_bytes() == copies
 
 
 @pytest.mark.parametrize("text", [b"5\n", b'{"a": 1}\n', b"hello", b"\0" * 100, b"\xff\n"])

@@ -296,7 +296,7 @@ class Matrix:
     def launch(self, runs, config, processes, launch_flags):
         runs = json.dumps([[str(word) for word in run] for run in runs])
         options = {"config": config, "processes": processes, "launch_flags": launch_flags}
-        options |= {"OMP_NUM_THREADS": "1", "mixed_precision": "no", "RUNS": runs, "timeout": 3000}
+        options |= {"mixed_precision": "no", "RUNS": runs, "timeout": 3000}
         options |= {"FSDP2_ON_CPU": "1"} if config == "fsdp2" else {}
         return launch("tests/task/many_runs.py", **options).stdout
 
