@@ -7,15 +7,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from runtime.batches import Key
 from runtime.evaluation import check_outputs, evaluation_mode
-from runtime.launch import UserError
+from runtime.launch import UserError, describe_strategy
 
 
 def make_trainable(accelerator, model, dataset, gradient_checkpointing: bool):
     """Freeze what gets no gradient: DDP would stop at it, and FSDP2 could not resume.
 
     Every process must call this before the model is prepared. Process 0 tries the first items of
-    the data set. Raises UserError where the model is random in evaluation mode, or does not offer
-    gradient checkpointing; ValueError where its backbone does not.
+    the data set. Raises UserError where the model is random in evaluation mode, has a BatchNorm
+    that the launch cannot keep equal, or does not offer gradient checkpointing; ValueError where
+    its backbone does not.
     """
     unused = [unused_parameters(model, dataset) if accelerator.is_main_process else []]
     broadcast_object_list(unused)
@@ -24,7 +25,16 @@ def make_trainable(accelerator, model, dataset, gradient_checkpointing: bool):
     if unused[0]:
         accelerator.print(f"frozen, since they get no gradient: {', '.join(unused[0])}")
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        if accelerator.num_processes > 1 and describe_strategy(accelerator)["strategy"] != "DDP":
+            raise UserError(
+                "its BatchNorm has other means on each process, and only DDP makes them equal: "
+                "launch with multi_gpu.yaml, or name another model"
+            )
         accelerator.print("BatchNorm: the numbers depend on the micro-batch and on the processes")
+    # FSDP2 divides a model at these layers. CLIP also names some that its vision model lacks, and
+    # accelerate would stop at them.
+    there = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = there.intersection(getattr(model, "_no_split_modules", None) or ())
     if gradient_checkpointing:
         if not hasattr(model, "activation_checkpointing_enable"):
             raise UserError(f"--gradient_checkpointing: {type(model).__name__} does not offer it")

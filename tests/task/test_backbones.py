@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import compile_regions
+from accelerate.utils import DistributedType, compile_regions
 from conftest import column, launch, read_log
 from measures import BOUNDS, distance, relative
 from page_data import FAMILIES, make_backbone, make_tiny_model
@@ -30,6 +30,10 @@ WAYS = {  # {name: (config, processes, flags of the launch)}
     # Not inductor: it compiles for minutes a family. tests/loop has a run with it.
     "compiled": ("cpu", 1, ("--dynamo_backend", "aot_eager")),
 }
+# BatchNorm is for DDP alone.
+CELLS = [
+    (w, k) for w in WAYS for k in FAMILIES if not (k in BATCH_NORM and w[:4] in ("ZeRO", "FSDP"))
+]
 SIZES = SimpleNamespace(page_size=32, element_size=32)
 LAST = "checkpoints/step_00000006"
 
@@ -131,10 +135,11 @@ class Rows:
         return self.batch | {"index": torch.zeros(1), "weight": torch.ones(1)}
 
 
-def trial(model, gradient_checkpointing=False):
-    """What it says of the model. One process."""
+def trial(model, gradient_checkpointing=False, processes=1, strategy=DistributedType.NO):
+    """What it says of the model."""
     said = []
-    accelerator = SimpleNamespace(is_main_process=True, print=said.append)
+    launched = {"num_processes": processes, "distributed_type": strategy}
+    accelerator = SimpleNamespace(is_main_process=True, print=said.append, **launched)
     make_trainable(accelerator, model, Rows(model.config), gradient_checkpointing)
     return said
 
@@ -154,6 +159,21 @@ def test_random_in_evaluation_mode_is_refused(tmp_path):
     model = load_model(make_backbone(tmp_path, "vit_mae"))
     with pytest.raises(UserError, match="in evaluation mode its 'losses' are random"):
         trial(model)
+
+
+def test_batch_norm_is_for_ddp_alone(tmp_path):
+    model = load_model(make_backbone(tmp_path, "resnet"))
+    assert "BatchNorm" in trial(model, processes=2, strategy=DistributedType.MULTI_GPU)[-1]
+    with pytest.raises(UserError, match="its BatchNorm has other means on each process"):
+        trial(model, processes=2, strategy=DistributedType.FSDP)
+
+
+def test_fsdp2_divides_at_layers_that_are_there(tmp_path):
+    """Of CLIP the whole family's are named, and accelerate looks for each in the vision model."""
+    model = load_model(make_backbone(tmp_path, "clip_vision_model"))
+    assert "CLIPTextEmbeddings" in model._no_split_modules
+    trial(model)
+    assert model._no_split_modules == {"CLIPEncoderLayer", "CLIPVisionEmbeddings"}
 
 
 def test_gradient_checkpointing_changes_no_bit(tmp_path):
@@ -271,8 +291,8 @@ class Matrix:
         if way not in self.done:
             self.done.add(way)
             config, processes, launch_flags = WAYS[way]
-            runs = []
-            for kind in FAMILIES:
+            runs, kinds = [], [kind for each, kind in CELLS if each == way]
+            for kind in kinds:
                 flags = ["--model_name_or_path", self.folder / "backbones" / kind]
                 flags += ["--per_device_train_batch_size", 12 // processes, "--max_steps", 6]
                 flags += ["--page_size", 32, "--element_size", 32, "--save_total_limit", 0]
@@ -286,10 +306,10 @@ class Matrix:
             self.launch(runs, config, processes, launch_flags)
             runs = [
                 ["evaluate.py", "--model_dir", folder / kind / LAST, "--output_dir", folder / "at"]
-                for kind in FAMILIES
+                for kind in kinds
             ]
             done = self.launch(runs, *WAYS["1 process" if processes > 1 else way])
-            for kind, text in zip(FAMILIES, done.split("\n--- "), strict=False):
+            for kind, text in zip(kinds, done.split("\n--- "), strict=False):
                 (folder / f"{kind}.txt").write_text(text)
         return folder
 
@@ -308,8 +328,7 @@ def matrix(tiny, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "kind"), CELLS)
 def test_a_family_under_a_launch(way, kind, matrix):
     folder, one = matrix[way], matrix["1 process"] / kind
     lines = read_log(folder / kind)[1]
