@@ -5,6 +5,7 @@
 Memory is the PSS of all processes of a launch after all pixels were read: what several map is counted once.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -132,6 +133,7 @@ def run_train():
             )
             assert touched > 0
             accelerator.wait_for_everyone()
+            ctypes.CDLL(None).malloc_trim(0)  # else each process keeps what an evaluation had
             memory = sum(gather_object([pss()]))
             accelerator.wait_for_everyone()
             speed = 16 * accelerator.num_processes * (UPDATES - 6) / (moments[-1] - moments[5])

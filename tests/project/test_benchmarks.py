@@ -20,6 +20,7 @@ ROWS = {
     "reading": ["Python literals", "JSON"],
     "start": [
         "python train.py, imports only",
+        "accelerate launch, PreTrainedModel and an Accelerator",
         "accelerate launch train.py",
         "of it: imports",
         "of it: first update",
