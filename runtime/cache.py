@@ -9,6 +9,7 @@ A text task keeps its tokens by `items`: int32 (N, the longest).
 
 import fcntl
 import hashlib
+import json
 import mmap
 import os
 import shutil
@@ -29,6 +30,7 @@ from runtime.checkpoint import flush
 from runtime.launch import UserError, leave_signals_to_the_main_process
 
 BLOCK = 64  # items that a worker makes before it writes them
+SIZES = "sizes.json"
 MANY = 2**15  # files that it looks at before it tells their hash
 
 
@@ -79,21 +81,29 @@ def kept(folder: Path, kind: str, key: str, make) -> dict[str, np.ndarray]:
 
 def find_or_make(folder, kind, key, make):
     name = f"{kind}-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}"
-    for parent in (os.environ.get("DATA_CACHE", folder), tempfile.gettempdir()):
+    for parent in (os.environ.get("DATA_CACHE") or folder, tempfile.gettempdir()):
         path = Path(parent, f".data-cache-{os.getuid()}", name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.parent.stat().st_uid != os.getuid():  # the temporary folder is open to all
                 raise PermissionError(0, "it belongs to another user")
-            if not path.is_dir():
+            if not is_whole(path):
                 with open(path.with_name(f".{kind}.lock"), "w") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with its process, killed or not
-                    if not path.is_dir():  # else another launch has made it meanwhile
+                    if not is_whole(path):  # else another launch has made it meanwhile
                         make_whole(path, kind, make)
             return path
         except OSError as error:
             print(f"{path.parent} cannot keep {kind}: {error.strerror}", flush=True)
     raise UserError(f"there is no room for {kind}: name a folder that has it by DATA_CACHE=FOLDER")
+
+
+def is_whole(path):
+    """Whether its files are there, at their sizes. Some programs empty the temporary folder."""
+    with suppress(OSError, ValueError):
+        sizes = json.loads((path / SIZES).read_text(encoding="utf-8"))
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    return False
 
 
 def make_whole(path, kind, make):
@@ -105,10 +115,14 @@ def make_whole(path, kind, make):
     try:
         unfinished.mkdir()
         make(unfinished)
+        sizes = {}
         for file in unfinished.iterdir():
             Mapped(file)  # not every file system can
-            flush(file)
-        flush(unfinished)
+            sizes[file.name] = file.stat().st_size
+        (unfinished / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+        for written in (*unfinished.iterdir(), unfinished):
+            flush(written)
+        shutil.rmtree(path, ignore_errors=True)  # what is left of a damaged one
         os.rename(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

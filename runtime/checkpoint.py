@@ -71,7 +71,7 @@ def save_checkpoint(accelerator: Accelerator, model, state, output_dir: str, tot
             folders = [path for path in unfinished.glob("**") if path.is_dir()]
             for path in (unfinished / MANIFEST, *folders):
                 flush(path)
-            if checkpoint.exists():  # damaged, or saved before its evaluation was done
+            if checkpoint.is_dir():  # damaged, or saved before its evaluation was done
                 remove(checkpoint)
             os.rename(unfinished, checkpoint)
             flush(folder)
@@ -86,11 +86,7 @@ def save_checkpoint(accelerator: Accelerator, model, state, output_dir: str, tot
 def writing(what: str, output_dir: str | Path):
     """What must be written, or the run ends with a UserError that says what is safe."""
     try:
-        if lock.is_lost():
-            raise UserError(
-                f"{what} is not written: this run stood still for long, and another one owns "
-                f"{output_dir} by now. What was saved is safe"
-            )
+        require_owner(what, output_dir)
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
@@ -106,10 +102,19 @@ def writing(what: str, output_dir: str | Path):
         ) from None
 
 
+def require_owner(what: str, output_dir: str | Path):
+    """Raise a UserError if another run owns the folder by now."""
+    if lock.is_lost():
+        raise UserError(
+            f"{what} is not written: this run stood still for long, and another one owns "
+            f"{output_dir} by now. What was saved is safe"
+        )
+
+
 def checkpoints_in(folder):
     """Our checkpoints, newest first. Anything else in the folder is the user's."""
     ours = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name)]
-    return sorted(ours, reverse=True)
+    return sorted((path for path in ours if path.is_dir()), reverse=True)
 
 
 def files_of(folder):
@@ -144,7 +149,7 @@ def remove(checkpoint):
     # Renamed first: after a kill half a checkpoint must not look like a whole one.
     removed = checkpoint.with_name(f".{checkpoint.name}-removed")
     os.rename(checkpoint, removed)
-    shutil.rmtree(removed)
+    removed.unlink() if removed.is_symlink() else shutil.rmtree(removed)
 
 
 def newest_checkpoint(accelerator: Accelerator, folder: Path, needed=()) -> Path | None:
@@ -165,7 +170,9 @@ def check_checkpoint(accelerator: Accelerator, checkpoint: Path, needed=()) -> s
     problem = None
     try:
         manifest, run = read_checkpoint(checkpoint)
-        absent = [*({"files", "depends_on", "versions"} - {*manifest}), *({*needed} - {*run})]
+        tables = ("files", "depends_on", "versions")
+        absent = [name for name in tables if not isinstance(manifest.get(name), dict)]
+        absent += sorted({*needed} - {*run})
         if absent:
             problem = f"it was saved without {', '.join(absent)}"
         described = manifest.get("files", {})
@@ -175,17 +182,19 @@ def check_checkpoint(accelerator: Accelerator, checkpoint: Path, needed=()) -> s
         for name in share(accelerator, list(described)):
             if problem is None and describe_file(checkpoint / name) != described[name]:
                 problem = f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{MANIFEST} or run.json: {error}"
     return next((one for one in gather_object([problem]) if one is not None), None)
 
 
 def read_checkpoint(checkpoint):
     """(manifest.json, run.json) of a checkpoint."""
-    return [
-        json.loads((checkpoint / name).read_text(encoding="utf-8"))
-        for name in (MANIFEST, "run.json")
-    ]
+    found = []
+    for path in (checkpoint / MANIFEST, checkpoint / "run.json"):
+        if path.exists() and not path.is_file():  # a FIFO would wait for ever
+            raise ValueError(f"{path.name} is no regular file")
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found
 
 
 def load_training_state(accelerator: Accelerator, checkpoint: Path):

@@ -84,6 +84,9 @@ def make_accelerator(
     # On a CPU DDP needs cpu=True. DeepSpeed needs gloo, and cpu=True would switch it off.
     # Others wait while process 0 writes files, for longer than the 10 minutes of NCCL.
     group: Any = {"timeout": TIMEOUT} | ({"backend": "gloo"} if on_cpu and deepspeed else {})
+    if deepspeed:  # it makes groups of its own, and names no time
+        torch.distributed.distributed_c10d.default_pg_timeout = TIMEOUT
+        torch.distributed.distributed_c10d.default_pg_nccl_timeout = TIMEOUT
     with option_named("the launch"):  # a variable of another one may have been left behind
         accelerator = Accelerator(
             cpu=on_cpu and not deepspeed,

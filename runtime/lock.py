@@ -42,14 +42,16 @@ def take(path: Path) -> str | None:
 def is_lost() -> bool:
     """Whether another one owns it by now: this process stood still for too long."""
     path = _owned.path  # a file that somebody removed is made again
-    return path is not None and not make(path, _owned.text) and path.read_text() != _owned.text
+    if path is None or make(path, _owned.text):
+        return False
+    return path.read_bytes() != _owned.text.encode()
 
 
 def give_back():
     if _owned.path is not None:
         _owned.ended.set()
         with suppress(OSError):
-            if _owned.path.read_text() == _owned.text:
+            if _owned.path.read_bytes() == _owned.text.encode():
                 _owned.path.unlink()
         _owned.path = None
 
@@ -70,10 +72,11 @@ def make(path: Path, text: str) -> bool:
 def living_owner(path: Path) -> dict | None:
     with open(path, "rb") as file, tempfile.TemporaryFile(dir=path.parent) as now:
         owner, mine = {}, identify(os.getpid())
-        with suppress(ValueError, TypeError):  # else it is being written
+        with suppress(ValueError, TypeError, RecursionError):  # else it is being written
             owner = dict(json.loads(file.read()))
-        if mine and owner.get("process") and owner["process"][:2] == mine[:2]:
-            alive = owner["process"] == identify(owner["pid"])
+        process = owner.get("process")
+        if mine and isinstance(process, list) and process[:2] == mine[:2]:
+            alive = process == identify(owner.get("pid", -1))
         else:  # by the clock of the disk's server
             alive = os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime < DEAD
     return owner if alive else None

@@ -181,28 +181,40 @@ def make_output_dir(accelerator: Accelerator, output_dir: str, resume_from_check
     folder = Path(output_dir)
     named = Path(resume_from_checkpoint)
     # Of os.path, which says no of a name that is too long. Path raises.
-    if resume_from_checkpoint not in ("auto", "never") and not os.path.isfile(named / MANIFEST):
-        raise UserError(
-            f"--resume_from_checkpoint {named}: no checkpoint is there; "
-            "name a folder like output/checkpoints/step_00000200"
-        )
+    if resume_from_checkpoint not in ("auto", "never"):
+        try:
+            os.stat(named / MANIFEST)
+        except OSError as error:
+            raise UserError(
+                f"--resume_from_checkpoint {named}: no checkpoint is there ({error.strerror}); "
+                "name a folder like output/checkpoints/step_00000200"
+            ) from None
     resumes = resume_from_checkpoint != "never" and (
         resume_from_checkpoint == "auto" or named.resolve().is_relative_to(folder.resolve())
     )
     log = folder / "log.jsonl"
-    if os.path.exists(log):
-        with launch.option_named(f"--output_dir {folder}"):
+    with launch.option_named(f"--output_dir {folder}"):
+        ours = checkpoints_in(folder / "checkpoints")
+        if os.path.exists(log):
+            if not log.is_file():  # a FIFO would wait for ever
+                raise ValueError(f"{log} is no regular file")
             open(log, "a").close()
-        if not resumes:
+    if (os.path.exists(log) or ours) and not resumes:
+        raise UserError(
+            f"--output_dir {folder} holds a run already: name another one, remove it, "
+            "or leave --resume_from_checkpoint out"
+        )
+    for name in () if os.path.exists(log) or ours else ("best", "metric.csv", "run.yaml"):
+        if os.path.lexists(folder / name):
             raise UserError(
-                f"--output_dir {folder} holds a run already: name another one, remove it, "
-                "or leave --resume_from_checkpoint out"
+                f"--output_dir {folder}: a {name} is there, and no run that made it: "
+                "it would be overwritten; name another folder"
             )
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     launch.make_writable(folder)
     launch.own(accelerator, folder)
     for name in ("checkpoints", "best"):
-        if (folder / name).exists():  # it may be a file, or somebody else's
+        if os.path.lexists(folder / name):  # it may be a file, or somebody else's
             launch.make_writable(folder / name)
     launch.check_shared(accelerator, folder)
 

@@ -18,7 +18,7 @@ from accelerate.utils import LoggerType
 from tqdm import tqdm
 from transformers.utils import flatten_dict
 
-from runtime.checkpoint import writing
+from runtime.checkpoint import require_owner, writing
 from runtime.launch import UserError, option_named, optional
 from runtime.resume import TrainState, read_log
 
@@ -167,9 +167,15 @@ def git_commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
         done = subprocess.run(
-            command, cwd=Path(__file__).parents[1], capture_output=True, text=True
+            command,
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="ascii",
+            errors="replace",
+            timeout=10,
         )
-    except OSError:  # there is no git here
+    except (OSError, subprocess.TimeoutExpired):  # there is no git here, or it waits
         return None
     return done.stdout.strip() or None
 
@@ -212,6 +218,7 @@ def write_report(accelerator: Accelerator, name: str, evaluation, prediction, fo
         shutil.rmtree(unfinished, ignore_errors=True)  # after a kill
         unfinished.mkdir()
         evaluation.report(unfinished, evaluation.dataset, prediction)
+        require_owner(what, folder)
         for file in sorted(unfinished.iterdir()):
             path = folder / f"{file.stem}{suffix}{file.suffix}"
             os.replace(file, path)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +73,15 @@ def test_it_is_made_once_and_found_again(tmp_path, monkeypatch, cores):
     assert len(names(tmp_path)) == 3  # those that were made last, and nothing half made
     with pytest.raises(TypeError):  # another key: it is made, and here it cannot be
         make(tmp_path, key="other", function=None)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 150)])
+def test_what_was_damaged_is_made_again(damage, tmp_path):
+    """Some systems empty their temporary folder, file by file."""
+    make(tmp_path)
+    (path,) = tmp_path.glob(".data-cache-*/*/items.npy")
+    damage(path)
+    assert (make(tmp_path) == np.arange(200)[:, None, None] ** 2).all()
 
 
 def test_an_item_that_cannot_be_made(tmp_path):

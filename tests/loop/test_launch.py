@@ -5,8 +5,11 @@ import subprocess
 from argparse import Namespace
 
 import pytest
+import torch
+from accelerate.utils import DistributedType
 from conftest import REPOSITORY, SIDE_BY_SIDE, column, launch, launch_environment, read_log, refused
 
+import runtime.launch
 from runtime.launch import UserError, check_shared
 
 CONFIGS = sorted((REPOSITORY / "accelerate_config").glob("*.yaml"))
@@ -47,10 +50,77 @@ def test_each_config_says_when_and_how(path):
         ),
     ],
 )
-def test_no_silent_fall_back(config, environment, message, tmp_path):
+def test_no_silent_fall_back(config, environment, message, tiny, tmp_path):
     options = {"config": config, "processes": 2, "mixed_precision": "no"} | environment
-    assert message in refused("train.py", "--output_dir", tmp_path / "output", **options)
+    assert message in refused("train.py", *tiny.flags(tmp_path / "output", *FEW), **options)
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "environment", "message"),
+    [
+        ({"gradient_accumulation_steps": 4}, {}, "asks for accumulation 4, the command for 1"),
+        ({"num_processes": 2}, {}, "1 processes were launched, .* sees 2"),
+        ({}, {"MASTER_ADDR": "x", "ACCELERATE_USE_CPU": "true"}, "several processes were asked"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP, .* FSDP on GPUs only"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DEEPSPEED, and accelerate made NO"),
+        ({"distributed_type": DistributedType.DEEPSPEED}, {}, "does not ask for DEEPSPEED"),
+        (
+            {"distributed_type": DistributedType.FSDP, "is_fsdp2": False},
+            *({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1 is not"),
+        ),
+        ({"mixed_precision": "fp16"}, {}, "fp16 needs a GPU"),
+    ],
+)
+def test_a_launch_that_is_not_what_was_asked_for(made, environment, message, monkeypatch):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    plain = {"num_processes": 1, "gradient_accumulation_steps": 1, "mixed_precision": "no"}
+    plain |= {"distributed_type": DistributedType.NO, "device": torch.device("cpu")}
+    with pytest.raises(UserError, match=message):
+        runtime.launch.check_launch(Namespace(**plain | made), 1)
+
+
+def test_gradients_are_summed_in_float32(monkeypatch):
+    config = {}
+    plugin = Namespace(deepspeed_config=config)
+    runtime.launch.set_up_deepspeed(Namespace(deepspeed_plugin=plugin), 1.0, 2)
+    assert config["communication_data_type"] == "fp32"
+    policy = torch.distributed.fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
+    plugin = Namespace(mixed_precision_policy=policy)
+    made = {"distributed_type": DistributedType.FSDP, "mixed_precision": "bf16", "print": print}
+    made |= {"num_processes": 2, "device": torch.device("cpu")}
+    fsdp = Namespace(state=Namespace(fsdp_plugin=plugin), **made)
+    monkeypatch.setattr(runtime.launch, "Accelerator", lambda **options: fsdp)
+    monkeypatch.setattr(runtime.launch, "check_launch", lambda *_: None)
+    runtime.launch.make_accelerator()
+    policy = plugin.mixed_precision_policy
+    assert policy.reduce_dtype == torch.float32 and policy.output_dtype is None
+
+
+def test_a_stop_is_agreed_on_between_the_hosts(monkeypatch):
+    """On gloo: on NCCL it would wait for the device."""
+    asked, nothing = {}, Namespace(signal=0, group=None, launcher=None)
+    monkeypatch.setattr(runtime.launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(runtime.launch, "_stop", nothing)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend, **_: f"of {backend}")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _, **given: asked.update(given))
+    runtime.launch.watch_for_stop(Namespace(num_processes=2))
+    nothing.launcher = None
+    runtime.launch.stop_if_asked()
+    assert asked["group"] == "of gloo"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_determinism_is_asked_for_and_tf32_is_off(asked, monkeypatch):
+    found = []
+    monkeypatch.setattr(runtime.launch, "enable_full_determinism", found.append)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    runtime.launch.make_accelerator(full_determinism=asked)
+    assert found == [0] * asked
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 
 def test_machines_that_do_not_share_a_disk(tmp_path):
@@ -65,21 +135,22 @@ def test_machines_that_do_not_share_a_disk(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_fp16_needs_a_gpu(tmp_path):
+def test_fp16_needs_a_gpu(tiny, tmp_path):
     options = {"mixed_precision": "fp16", "config": None}
-    assert "fp16 needs a GPU" in refused("train.py", "--output_dir", tmp_path / "output", **options)
+    flags = tiny.flags(tmp_path / "output", *FEW)
+    assert "fp16 needs a GPU" in refused("train.py", *flags, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_deepspeed_is_told_one_thing_only(tmp_path):
+def test_deepspeed_is_told_one_thing_only(tiny, tmp_path):
     config = (REPOSITORY / "accelerate_config" / "zero1.yaml").read_text(encoding="utf-8")
     stage = "zero_stage: 1"
     assert stage in config
     config = config.replace(stage, f"{stage}\n  gradient_clipping: 0.5")
     (tmp_path / "zero1.yaml").write_text(config)
     message = refused(
-        *("train.py", "--output_dir", tmp_path / "output", "--max_grad_norm", 1.0),
+        *("train.py", *tiny.flags(tmp_path / "output", *FEW, "--max_grad_norm", 1.0)),
         config=tmp_path / "zero1.yaml",
         mixed_precision="no",
     )

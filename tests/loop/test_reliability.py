@@ -17,12 +17,13 @@ from conftest import REPOSITORY
 
 from runtime import lock, tracking
 from runtime.batches import make_dataloader
-from runtime.checkpoint import read_training_config, writing
+from runtime.checkpoint import checkpoints_in, read_training_config, remove, writing
 from runtime.launch import UserError, errors_in_one_line
 from runtime.resume import SAVED, find_checkpoint, make_output_dir, resume
 
 READER = Namespace(process_index=0, num_processes=1, is_main_process=True, print=print)
 READER.wait_for_everyone = lambda: None
+REPORT = Namespace(dataset=None, report=lambda folder, *_: (folder / "metric.csv").touch())
 
 
 # ---- one owner
@@ -66,6 +67,9 @@ def test_a_second_owner_is_refused_until_the_first_is_dead(path):
         ("{", 50, False),  # it is being written
         ("{", 70, True),
         ("5", 50, False),
+        ('{"process": 5}', 50, False),
+        (json.dumps({"process": lock.identify(os.getpid())}), 0, True),  # of no number
+        ("[" * 100_000, 70, True),
     ],
 )
 def test_an_owner_elsewhere_is_dead_when_it_does_not_touch(owner, age, is_free, path):
@@ -84,11 +88,13 @@ def test_the_owner_touches_its_file_and_finds_another(path, monkeypatch):
     assert path.stat().st_mtime > 0
     path.unlink()  # somebody cleared the folder
     assert not lock.is_lost() and path.exists()
-    path.write_text("another's")
+    path.write_bytes(b"another's \xff")
     with pytest.raises(UserError, match="log.jsonl is not written: .* another one owns"):
         tracking.JsonlTracker(path.with_name("log.jsonl")).log({})
+    tracking.write_report(Namespace(trackers=[]), "rerank", REPORT, None, path.parent, 3)
     lock.give_back()
-    assert path.read_text() == "another's" and not path.with_name("log.jsonl").exists()
+    assert path.read_bytes() == b"another's \xff"
+    assert not {"log.jsonl", "metric.csv"} & {each.name for each in path.parent.iterdir()}
 
 
 @pytest.mark.slow
@@ -128,13 +134,12 @@ def test_a_tracker_that_breaks_is_called_no_more(capsys):
 
 def test_a_report_that_breaks_ends_evaluate_py_alone(tmp_path, capsys):
     (tmp_path / "metric.csv" / "in the way").mkdir(parents=True)
-    evaluation = Namespace(dataset=None, report=lambda folder, *_: (folder / "metric.csv").touch())
     accelerator = Namespace(trackers=[])
     for step in (0, 7):  # what the first left is no hindrance
-        tracking.write_report(accelerator, "rerank", evaluation, None, tmp_path, step)
+        tracking.write_report(accelerator, "rerank", REPORT, None, tmp_path, step)
     assert capsys.readouterr().out.count("the report of rerank is left out: ") == 2
     with pytest.raises(UserError, match="the report of rerank: .*metric.csv"):
-        tracking.write_report(accelerator, "rerank", evaluation, None, tmp_path, None)
+        tracking.write_report(accelerator, "rerank", REPORT, None, tmp_path, None)
 
 
 @pytest.mark.slow
@@ -189,17 +194,50 @@ def test_what_cannot_be_printed_is_dropped(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "best"])
-def test_a_file_in_the_way_is_refused_first(name, path):
-    path.with_name(name).touch()
+@pytest.mark.parametrize("link", [False, True])
+def test_a_file_in_the_way_is_refused_first(link, name, path):
+    path.with_name("log.jsonl").touch()
+    path.with_name(name).symlink_to("/nowhere/x") if link else path.with_name(name).touch()
     with pytest.raises(UserError, match=f"{name}: cannot be written: File exists"):
         make_output_dir(READER, str(path.parent), "auto")
 
 
 def test_a_log_that_cannot_be_written_is_refused_first(path):
-    path.with_name("log.jsonl").mkdir()
-    for folder, reason in ((path.parent, "Is a directory"), ("a" * 300, "File name too long")):
+    os.mkfifo(path.with_name("log.jsonl"))  # to open it would wait for ever
+    for folder, reason in ((path.parent, "no regular file"), ("a" * 300, "File name too long")):
         with pytest.raises(UserError, match=reason):
             make_output_dir(READER, str(folder), "auto")
+
+
+@pytest.mark.parametrize("name", ["best", "metric.csv", "run.yaml"])
+def test_what_no_run_made_is_not_overwritten(name, path):
+    path.with_name(name).touch()
+    with pytest.raises(UserError, match=f"a {name} is there, and no run that made it"):
+        make_output_dir(READER, str(path.parent), "auto")
+
+
+def test_never_does_not_begin_over_checkpoints(path):
+    """Its log was moved away. A later run would resume from what the first has left."""
+    (path.parent / "checkpoints" / "step_00000004").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a run already"):
+        make_output_dir(READER, str(path.parent), "never")
+
+
+def test_a_link_among_the_checkpoints_goes_alone(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step_00000002").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "step_00000003").touch()  # no folder: not ours
+    assert checkpoints_in(tmp_path) == [tmp_path / "step_00000002"]
+    remove(tmp_path / "step_00000002")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["elsewhere", "step_00000003"]
+
+
+@pytest.mark.parametrize("program", ["printf '\\377'", "exit 1"])
+def test_git_ends_no_run(program, tmp_path, monkeypatch):
+    (tmp_path / "git").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert tracking.git_commit() in ("\ufffd", None)
 
 
 # ---- what is read back

@@ -433,6 +433,10 @@ DAMAGES = {
     "an empty file": lambda folder: (folder / "run.json").write_bytes(b""),
     "an empty manifest": lambda folder: (folder / MANIFEST).write_bytes(b""),
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "a manifest of another kind": lambda folder: (folder / MANIFEST).write_text(
+        '{"files": {}, "versions": {}, "depends_on": null}'
+    ),
+    "a FIFO": lambda folder: (folder / MANIFEST).unlink() or os.mkfifo(folder / MANIFEST),
 }
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +15,13 @@ from page_data import FAMILIES, make_backbone, make_tiny_model
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 import runtime.checkpoint
 import runtime.launch
+import runtime.trial
+import train
 from model import DualEncoder, DualEncoderConfig, load_model
+from runtime import lock
 from runtime.checkpoint import write_model
 from runtime.launch import UserError, make_accelerator, option_named, watch_for_stop
 from runtime.trial import make_trainable
@@ -112,6 +118,27 @@ def test_what_starts_random_is_said_once(tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().out.count(line) == said
 
 
+def test_pickled_weights_are_not_read(tmp_path):
+    make_backbone(tmp_path, "vit")
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(tmp_path)
+
+
+def test_code_beside_a_model_is_not_run(tmp_path):
+    text = f"from pathlib import Path\nPath({str(tmp_path / 'it ran')!r}).touch()\n"
+    text += "from transformers import ViTConfig\nclass C(ViTConfig):\n    model_type = 'theirs'\n"
+    make_backbone(tmp_path, "vit")
+    (tmp_path / "theirs.py").write_text(text)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "theirs.C"}}
+    path.write_text(json.dumps(config | {"model_type": "theirs"}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_model(tmp_path)
+    assert not (tmp_path / "it ran").exists()
+
+
 # ---- what a trial of one item says
 
 
@@ -159,6 +186,20 @@ def test_random_in_evaluation_mode_is_refused(tmp_path):
     model = load_model(make_backbone(tmp_path, "vit_mae"))
     with pytest.raises(UserError, match="in evaluation mode its 'losses' are random"):
         trial(model)
+
+
+def test_every_process_freezes_what_the_first_one_found(tmp_path, monkeypatch):
+    model = load_model(make_backbone(tmp_path, "dinov2"), SIZES)
+    name = "backbone.embeddings.mask_token"
+
+    def told(found):
+        found[0] = [name]
+
+    monkeypatch.setattr(runtime.trial, "unused_parameters", None)  # the first process alone tries
+    monkeypatch.setattr(runtime.trial, "broadcast_object_list", told)
+    accelerator = SimpleNamespace(is_main_process=False, num_processes=2, print=print)
+    make_trainable(accelerator, model, Rows(model.config), False)
+    assert not model.get_parameter(name).requires_grad
 
 
 def test_batch_norm_is_for_ddp_alone(tmp_path):
@@ -218,6 +259,28 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
+@pytest.mark.parametrize("kind", ["the default", "ours", "vit"])
+def test_sizes_of_the_command_replace_those_of_a_model(kind, tmp_path):
+    folder = None if kind == "the default" else tmp_path
+    if folder:
+        make_tiny_model(folder) if kind == "ours" else make_backbone(folder, kind)
+    config = load_model(folder, SimpleNamespace(page_size=48, element_size=24)).config
+    assert (config.page_size, config.element_size) == (48, 24)
+    config = load_model(folder, SimpleNamespace(page_size=None, element_size=None)).config
+    own = {"the default": (96, 32), "ours": (16, 16), "vit": (32, 32)}[kind]
+    assert (config.page_size, config.element_size) == own
+
+
+@pytest.mark.parametrize("kind", ["bit", "resnet", "convnext"])
+def test_channels_last_is_for_bit_alone(kind, tmp_path):
+    """Tiny ResNets end in a segmentation fault with it on some CPUs."""
+    model, given = load_model(make_backbone(tmp_path, kind), SIZES), []
+    model.backbone.register_forward_pre_hook(lambda _, images: given.extend(images))
+    model(**Rows(model.config).batch)
+    last = [images.is_contiguous(memory_format=torch.channels_last) for images in given]
+    assert last == [kind == "bit"] * 2
+
+
 @pytest.mark.parametrize("kind", ["the default", "vit", "dinov2", "convnext"])
 def test_an_update_never_waits_for_the_device(kind, tmp_path):
     folder = None if kind == "the default" else make_backbone(tmp_path, kind)
@@ -272,6 +335,78 @@ def test_a_compiled_model_is_saved_as_one_that_is_not(regions, tmp_path, monkeyp
     for name in weights:
         assert torch.equal(again.pop(name.replace("_orig_mod.", "")), weights[name]), name
     assert not again
+
+
+# ---- whole runs, in this process
+
+FEW = ["--max_steps", 2, "--save_steps", 1, "--save_total_limit", 0, "--report_to", "none"]
+
+
+@pytest.fixture
+def run_train(tiny, tmp_path, monkeypatch):
+    """train.py's main on a tiny DINOv2, in the folder of this name."""
+    handlers = {number: signal.getsignal(number) for number in runtime.launch.STOP}
+    make_backbone(tmp_path / "dinov2", "dinov2")
+
+    def run_train(name, *flags):
+        flags = [*FEW, "--model_name_or_path", tmp_path / "dinov2", *flags]
+        monkeypatch.setattr(sys, "argv", ["train.py", *tiny.flags(tmp_path / name, *flags)])
+        with pytest.raises(SystemExit, match="0"):
+            train.main()
+        lock.give_back()
+        return tmp_path / name
+
+    yield run_train
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.slow
+def test_a_resume_freezes_it_too(run_train, capsys):
+    one = run_train("one")
+    two = run_train("two", "--resume_from_checkpoint", one / "checkpoints" / "step_00000001")
+    assert capsys.readouterr().out.count("frozen, since they get no gradient") == 2
+    last = "checkpoints/step_00000002/model.safetensors"
+    ours, theirs = (load_file(each / last) for each in (two, one))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_what_the_command_says_of_the_model_is_done(run_train, monkeypatch):
+    found, asked, make = [], [], train.make_trainable
+    monkeypatch.setattr(runtime.launch, "enable_full_determinism", found.append)
+    monkeypatch.setattr(train, "make_trainable", lambda *given: asked.append(given) or make(*given))
+    flags = ["--full_determinism", "--gradient_checkpointing"]
+    folder = run_train("sizes", *flags, "--page_size", 16, "--element_size", 24)
+    ((_, model, _, checkpointing),) = asked
+    assert found == [0] and checkpointing
+    assert (model.config.page_size, model.config.element_size) == (16, 24)
+    flags = ["--model_dir", str(folder / "best"), "--output_dir", str(folder / "again")]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    evaluate.main()
+    lock.give_back()
+    assert found == [0, 0]
+
+
+@pytest.mark.slow
+def test_the_loop_never_waits_between_two_updates(run_train, monkeypatch):
+    """From train_step to what is logged: clipping, the step and what stands around them too."""
+    waits, modes = Waits(), []
+    step, log = train.train_step, train.maybe_log_save_evaluate
+
+    def begin(*given):
+        modes.append(waits.__enter__())
+        return step(*given)
+
+    def end(*given):
+        if modes:
+            modes.pop().__exit__(None, None, None)
+        return log(*given)
+
+    monkeypatch.setattr(train, "train_step", begin)
+    monkeypatch.setattr(train, "maybe_log_save_evaluate", end)
+    run_train("waits")
+    assert not waits.found
 
 
 # ---- the matrix
