@@ -309,6 +309,16 @@ def test_hours_for_every_group_and_gradients_once(monkeypatch):
         make_accelerator()
     group, gradients = given["kwargs_handlers"]
     assert group.timeout.total_seconds() == 7200 and gradients.gradient_as_bucket_view
+    # DeepSpeed makes groups of its own, with torch's default.
+    defaults = ("default_pg_timeout", "default_pg_nccl_timeout")
+    for name in defaults:
+        monkeypatch.setattr(torch.distributed.distributed_c10d, name, None)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(runtime.launch, "is_deepspeed_available", lambda: True)
+    with pytest.raises(UserError, match="^the launch: enough"):
+        make_accelerator()
+    for name in defaults:
+        assert getattr(torch.distributed.distributed_c10d, name).total_seconds() == 7200
     monkeypatch.setattr(torch.distributed, "new_group", lambda **options: given.update(options))
     monkeypatch.setattr(runtime.launch.signal, "signal", lambda *_: None)
     watch_for_stop(SimpleNamespace(num_processes=2))
