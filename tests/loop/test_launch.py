@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from conftest import REPOSITORY, SIDE_BY_SIDE, column, launch, launch_environment, read_log, refused
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import runtime.launch
 from runtime.launch import UserError, check_shared
@@ -88,7 +89,7 @@ def test_gradients_are_summed_in_float32(monkeypatch):
     plugin = Namespace(deepspeed_config=config)
     runtime.launch.set_up_deepspeed(Namespace(deepspeed_plugin=plugin), 1.0, 2)
     assert config["communication_data_type"] == "fp32"
-    policy = torch.distributed.fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
     plugin = Namespace(mixed_precision_policy=policy)
     made = {"distributed_type": DistributedType.FSDP, "mixed_precision": "bf16", "print": print}
     made |= {"num_processes": 2, "device": torch.device("cpu")}
