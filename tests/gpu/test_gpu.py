@@ -101,7 +101,9 @@ def test_7_compiled(train):
     _, _, plain = train("plain")
     flags = ["--dynamo_backend", "inductor"]
     _, _, lines = train("compiled", launch_flags=flags, timeout=1800)
-    assert losses(lines)[0] == pytest.approx(losses(plain)[0], rel=1e-4)
+    # Of the untrained model: inductor draws another dropout.
+    ours, theirs = (column(each, "eval/loss")[0] for each in (lines, plain))
+    assert ours == pytest.approx(theirs, rel=1e-4) and len(losses(lines)) == 8
 
 
 @pytest.mark.parametrize("config", ["zero3", pytest.param("fsdp2", marks=NEVER_RUN_ON_TWO)])
