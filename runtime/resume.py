@@ -194,18 +194,19 @@ def make_output_dir(accelerator: Accelerator, output_dir: str, resume_from_check
     )
     log = folder / "log.jsonl"
     with launch.option_named(f"--output_dir {folder}"):
-        ours = checkpoints_in(folder / "checkpoints")
-        if os.path.exists(log):
-            if not log.is_file():  # a FIFO would wait for ever
-                raise ValueError(f"{log} is no regular file")
+        has_log = os.path.exists(log)
+        holds_a_run = has_log or bool(checkpoints_in(folder / "checkpoints"))
+        if has_log and not log.is_file():  # a FIFO would wait for ever
+            raise ValueError(f"{log} is no regular file")
+        if has_log:
             open(log, "a").close()
-    if (os.path.exists(log) or ours) and not resumes:
+    if holds_a_run and not resumes:
         raise UserError(
             f"--output_dir {folder} holds a run already: name another one, remove it, "
             "or leave --resume_from_checkpoint out"
         )
-    for name in () if os.path.exists(log) or ours else ("best", "metric.csv", "run.yaml"):
-        if os.path.lexists(folder / name):
+    for name in ("best", "metric.csv", "run.yaml"):
+        if not holds_a_run and os.path.lexists(folder / name):
             raise UserError(
                 f"--output_dir {folder}: a {name} is there, and no run that made it: "
                 "it would be overwritten; name another folder"

@@ -57,6 +57,27 @@ class Tiny:
         return [str(word) for word in (*flags, *self.options, *others)]
 
 
+@pytest.fixture
+def run_here(monkeypatch):
+    """main() of train.py or evaluate.py in this process, as a command with these arguments."""
+    from runtime import launch, lock  # here: they take seconds
+
+    handlers = {number: signal.getsignal(number) for number in launch.STOP}
+
+    def run_here(program, arguments):
+        monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, arguments)])
+        try:
+            program.main()
+        except SystemExit as ended:
+            assert not ended.code
+        finally:
+            lock.give_back()  # as the end of the program does
+
+    yield run_here
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     return Tiny(tmp_path_factory.mktemp("tiny"))

@@ -3,7 +3,6 @@
 All with dropout, accumulation and a DataLoader worker, on two processes.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -34,7 +33,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import train
-from runtime import lock
 from runtime.checkpoint import (
     MANIFEST,
     describe_file,
@@ -42,7 +40,7 @@ from runtime.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
-from runtime.launch import STOP, UserError, errors_in_one_line
+from runtime.launch import UserError, errors_in_one_line
 
 OPTIONS = ["--max_steps", 20, "--save_steps", 4, "--eval_steps", 7, "--logging_steps", 3]
 OPTIONS += ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
@@ -75,25 +73,14 @@ def whole(start, tmp_path_factory):
 
 
 @pytest.fixture
-def run_alone(tiny, monkeypatch):
+def run_alone(tiny, run_here):
     """train.py's main in this process, with flags over those of `start`."""
-    handlers = {number: signal.getsignal(number) for number in STOP}
 
     def run_alone(output_dir, *flags):
-        flags = tiny.flags(
-            output_dir, *OPTIONS, *ALONE, "--report_to", "none", *flags, dropout=True
-        )
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        try:
-            train.main()
-        except SystemExit as ended:
-            assert not ended.code
-        finally:
-            lock.give_back()  # as the end of the program does
+        flags = [*OPTIONS, *ALONE, "--report_to", "none", *flags]
+        run_here(train, tiny.flags(output_dir, *flags, dropout=True))
 
-    yield run_alone
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run_alone
 
 
 def contents(folder):
@@ -365,13 +352,10 @@ def as_if_stopped_in_the_evaluation(checkpoint, **changes):
 
 
 @pytest.mark.slow
-def test_run_yaml_is_the_run_again(run_alone, tmp_path, monkeypatch):
+def test_run_yaml_is_the_run_again(run_alone, run_here, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run_alone(one, "--max_steps", 8, "--warmup_steps", 0.3)
-    flags = ["--config", str(one / "run.yaml"), "--output_dir", str(two)]
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    with contextlib.suppress(SystemExit):
-        train.main()
+    run_here(train, ["--config", one / "run.yaml", "--output_dir", two])
     assert_the_same_run(two, one, last=8)
 
 

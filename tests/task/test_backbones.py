@@ -2,8 +2,6 @@
 
 import json
 import re
-import signal
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +19,6 @@ import runtime.launch
 import runtime.trial
 import train
 from model import DualEncoder, DualEncoderConfig, load_model
-from runtime import lock
 from runtime.checkpoint import write_model
 from runtime.launch import UserError, make_accelerator, option_named, watch_for_stop
 from runtime.trial import make_trainable
@@ -353,22 +350,16 @@ FEW = ["--max_steps", 2, "--save_steps", 1, "--save_total_limit", 0, "--report_t
 
 
 @pytest.fixture
-def run_train(tiny, tmp_path, monkeypatch):
+def run_train(tiny, tmp_path, run_here):
     """train.py's main on a tiny DINOv2, in the folder of this name."""
-    handlers = {number: signal.getsignal(number) for number in runtime.launch.STOP}
     make_backbone(tmp_path / "dinov2", "dinov2")
 
     def run_train(name, *flags):
         flags = [*FEW, "--model_name_or_path", tmp_path / "dinov2", *flags]
-        monkeypatch.setattr(sys, "argv", ["train.py", *tiny.flags(tmp_path / name, *flags)])
-        with pytest.raises(SystemExit, match="0"):
-            train.main()
-        lock.give_back()
+        run_here(train, tiny.flags(tmp_path / name, *flags))
         return tmp_path / name
 
-    yield run_train
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run_train
 
 
 @pytest.mark.slow
@@ -382,7 +373,7 @@ def test_a_resume_freezes_it_too(run_train, capsys):
 
 
 @pytest.mark.slow
-def test_what_the_command_says_of_the_model_is_done(run_train, monkeypatch):
+def test_what_the_command_says_of_the_model_is_done(run_train, run_here, monkeypatch):
     found, asked, make = [], [], train.make_trainable
     monkeypatch.setattr(runtime.launch, "enable_full_determinism", found.append)
     monkeypatch.setattr(train, "make_trainable", lambda *given: asked.append(given) or make(*given))
@@ -391,10 +382,7 @@ def test_what_the_command_says_of_the_model_is_done(run_train, monkeypatch):
     ((_, model, _, checkpointing),) = asked
     assert found == [0] and checkpointing
     assert (model.config.page_size, model.config.element_size) == (16, 24)
-    flags = ["--model_dir", str(folder / "best"), "--output_dir", str(folder / "again")]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
-    evaluate.main()
-    lock.give_back()
+    run_here(evaluate, ["--model_dir", folder / "best", "--output_dir", folder / "again"])
     assert found == [0, 0]
 
 
