@@ -106,7 +106,11 @@ class Config:
         "auto", "auto: the newest whole checkpoint in output_dir; never; or a folder"
     )
     report_to: str = setting("wandb", "trackers of accelerate: wandb,tensorboard; or none")
-    project: str = setting("match-element", "the trackers' project")
+    project: str = setting(
+        "match-element",
+        "the trackers' project",
+        check=("a name without / \\ # ? % :", re.compile(r"(?!\.+$)[^/\\#?%:]+").fullmatch),
+    )
 
     def __post_init__(self):
         # Trainer's -1 means 0. As one value both resume the same run.

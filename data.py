@@ -351,6 +351,10 @@ def find_image(root: str, key: str) -> str:
         require_file(path)
     except (OSError, ValueError) as error:  # also a null byte, or what the locale cannot spell
         reason = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, FileNotFoundError) and not key.isascii():
+            whole = forms[1] + ".png"
+            if whole in (unicodedata.normalize("NFC", name) for name in os.listdir(root)):
+                reason = "a file there has these letters in pieces in part (NFD): rename it"
         raise UserError(f"{root}: {shorten(f'{key}.png')}: {reason}") from None
     if not path.startswith(os.path.join(root, "")):
         raise UserError(f"{shorten(key)} points outside {root}")

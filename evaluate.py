@@ -42,7 +42,7 @@ from config import Config, EvaluateConfig, read_options
 from data import read_datasets
 from metrics import compute_metrics
 from model import load_model
-from runtime.batches import check_datasets, evaluation_batches, make_dataloader
+from runtime.batches import batches_of, check_datasets, evaluation_batches, make_dataloader
 from runtime.checkpoint import read_training_config, save_checkpoint, save_model
 from runtime.evaluation import (
     check_metrics,
@@ -201,7 +201,9 @@ def predict(accelerator, model, dataloader, dataset, *needed):
     """
     indices, outputs = [], defaultdict(list)
     disable = not accelerator.is_main_process or None  # None: a bar only on a terminal
-    for batch in tqdm(dataloader, desc="evaluating", leave=False, disable=disable):
+    for batch in tqdm(
+        batches_of(dataloader), "evaluating", len(dataloader), False, disable=disable
+    ):
         launch.stop_if_asked()  # Ctrl+C in training; a resume redoes this update's evaluations
         index = batch.pop("index")  # (B,), -1 for padding
         batch.pop("weight", None)

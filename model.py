@@ -55,10 +55,17 @@ class DualEncoderConfig(PreTrainedConfig):
             self.backbone_config = SMALL_BACKBONE
         if isinstance(self.backbone_config, dict):
             self.backbone_config = AutoConfig.for_model(**self.backbone_config)
-        for values in (self.image_mean, self.image_std):
+        for name, least in (("image_mean", -math.inf), ("image_std", 0)):
+            values = getattr(self, name)
             three = isinstance(values, (list, tuple)) and len(values) == 3
-            if not three or not all(isinstance(value, (int, float)) for value in values):
-                raise ValueError(f"image_mean and image_std must be three numbers, not {values!r}")
+            numbers = three and all(isinstance(value, (int, float)) for value in values)
+            if not numbers or not all(least < value < math.inf for value in values):
+                what = "three numbers above 0" if least == 0 else "three numbers"
+                raise ValueError(f"{name} must be {what}, not {values!r}")
+        for name in ("page_size", "element_size"):
+            size = getattr(self, name)
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name} must be a whole number above 0, not {size!r}")
         super().__post_init__(**kwargs)
 
 
@@ -185,6 +192,8 @@ def load_model(model_name_or_path: str | Path | None, options=None) -> DualEncod
     sizes = {name: size for name, size in sizes.items() if size is not None}
     if model_name_or_path is None:
         return DualEncoder(DualEncoderConfig(**sizes))
+    if os.path.lexists(model_name_or_path):  # transformers gives another reason than the system
+        os.listdir(model_name_or_path)
     config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     if isinstance(config, DualEncoderConfig):
         return load_weights(DualEncoder, model_name_or_path, whole=True, **sizes)

@@ -25,7 +25,7 @@ from data import fingerprint, read_datasets
 from evaluate import check_metric_prefix, make_evaluations, maybe_log_save_evaluate
 from model import load_model
 from runtime import launch
-from runtime.batches import check_datasets, make_train_dataloader
+from runtime.batches import batches_of, check_datasets, make_train_dataloader
 from runtime.checkpoint import hash_model, load_training_state, save_checkpoint
 from runtime.evaluation import check_outputs
 from runtime.resume import collect_losses, find_checkpoint, make_output_dir, make_state, resume
@@ -101,7 +101,7 @@ def train(accelerator, config, model, state, checkpoint, train_dataset, evaluati
         if not state.done:  # before the first update, or to redo an interrupted evaluation
             maybe_log_save_evaluate(accelerator, model, state, config, evaluations)
         model.train()
-        for batch in train_dataloader:  # the micro-batches of all epochs
+        for batch in batches_of(train_dataloader):  # the micro-batches of all epochs
             if state.finished:  # stopped early, or its last evaluation was redone
                 break
             # `backward` all-reduces gradients at an update's last micro-batch: `accumulate` sees to

@@ -34,14 +34,17 @@ It runs on every process, on the same arrays, and writes no file.
 import itertools
 import math
 import pickle
+import signal
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import skip_first_batches
+from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
-from runtime.launch import UserError, leave_signals_to_the_main_process
+from runtime.launch import UserError, ask_to_stop, leave_signals_to_the_main_process
 
 
 class Key(NamedTuple):
@@ -105,6 +108,36 @@ def make_dataloader(accelerator, dataset, config, **sampling) -> DataLoader:
         pin_memory=accelerator.device.type == "cuda",
         **sampling,
     )
+
+
+def batches_of(dataloader: DataLoader):
+    """Its batches. Where a worker is killed, the run ends after this update, which is saved.
+
+    Until then new workers make the batches, so that no process waits for another one's.
+    """
+    done, batches = 0, iter(dataloader)
+    try:
+        while (batch := fetch(batches)) is not None:
+            yield batch
+            done += 1
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        print(f"{str(error).splitlines()[0]} Out of memory? The run is saved, and ends", flush=True)
+        ask_to_stop()
+        yield from skip_first_batches(dataloader, done)
+
+
+def fetch(batches):
+    """The next batch, or None."""
+    # When a worker dies, torch raises wherever its process is, in the middle of an update too. Here
+    # it must: a worker may have sent half a batch, and the process would wait for the other half.
+    signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
+    try:
+        _error_if_any_worker_fails()
+        return next(batches, None)
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def whole(batch):

@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from traceback import extract_tb
 from types import SimpleNamespace
 from typing import Any
 
@@ -223,7 +224,9 @@ class Stopped(Exception):
         self.status = 128 + signal_number  # 130 for Ctrl+C, 143 for SIGTERM, as shells say it
 
 
+# The last three are what clusters send before the time is up.
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP += (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _stop = SimpleNamespace(signal=0, group=None, launcher=None)
 
 
@@ -258,9 +261,14 @@ def stop_if_asked():
         raise Stopped(asked.item())
 
 
+def ask_to_stop():
+    """As a signal from outside would: all processes stop after the same update, and it is saved."""
+    _stop.signal = signal.SIGTERM
+
+
 def leave_signals_to_the_main_process(worker):
     """For DataLoader workers: a signal must not end them while their process needs batches."""
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in STOP:
         signal.signal(number, signal.SIG_IGN)
     # Not ignored: a process that ends sends SIGTERM to its workers and waits until they are gone.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
@@ -300,18 +308,16 @@ def own(accelerator: Accelerator, folder: str | Path):
 
 def check_shared(accelerator: Accelerator, folder: Path):
     """Every machine must see one folder: all write to a checkpoint. Raises UserError."""
-    mark = folder / ".shared"
-    if accelerator.is_main_process:
-        mark.touch()
-    accelerator.wait_for_everyone()
-    if not mark.exists():
+    mark = tempfile.NamedTemporaryFile(dir=folder)  # noqa: SIM115
+    name = [Path(mark.name).name]  # that of process 0
+    broadcast_object_list(name)
+    if not (folder / name[0]).exists():
         raise UserError(
             f"--output_dir {folder.resolve()}: this machine does not see what the first writes; "
             "name a shared disk"
         )
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        mark.unlink()
+    mark.close()  # which removes it
 
 
 def finish(accelerator: Accelerator):
@@ -337,7 +343,7 @@ def optional(what: str):
 @contextmanager
 def option_named(option: str):
     """What a library says of a file or a folder becomes a UserError that begins with the option:
-    `--model_dir x`.
+    `--model_dir x`. An error of another kind also says where in the project it came from.
     """
     try:
         yield
@@ -345,6 +351,14 @@ def option_named(option: str):
         raise UserError(f"{option}: {' '.join(str(error).split())}") from None
     except SafetensorError as error:
         raise UserError(f"{option}: a file is cut short, or of git-lfs: {error}") from None
+    except Exception as error:  # a config can hold anything
+        project = Path(__file__).parents[1]
+        frames = [(Path(frame.filename), frame.lineno) for frame in extract_tb(error.__traceback__)]
+        place = [f for f in frames if f[0].parent in (project, project / "runtime")][-1]
+        raise UserError(
+            f"{option}: {type(error).__name__}: {' '.join(str(error).split())} "
+            f"({place[0].name}, line {place[1]})"
+        ) from None
 
 
 @contextmanager
@@ -360,16 +374,15 @@ def errors_in_one_line():
         # Process 0 most likely has the same to say. The others give it time, and its end ends them.
         # Process 0 waits a little too, for the reason given in `finish`.
         time.sleep(5 if os.environ.get("RANK", "0") != "0" else 0.5)
-        # The error of a DataLoader worker comes after the worker's traceback. The message is its
-        # last line.
-        message = str(error).strip().splitlines()[-1].removeprefix("runtime.launch.UserError: ")
-        say_and_exit(f"error: {message}", error.status)
+        # The error of a DataLoader worker comes after the worker's traceback.
+        message = str(error).rpartition("runtime.launch.UserError: ")[2]
+        say_and_exit(f"error: {' '.join(message.split())}", error.status)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             say_and_exit("interrupted before training began: nothing was lost", 130)
         os._exit(130)
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker (pid" in str(error):
             said = str(error).splitlines()[0]
             say_and_exit(f"error: {said} Out of memory? {SAFE}", 1)
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):

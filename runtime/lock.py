@@ -70,6 +70,8 @@ def make(path: Path, text: str) -> bool:
 
 
 def living_owner(path: Path) -> dict | None:
+    if path.is_symlink() or not path.is_file() and path.exists():  # a FIFO would wait for ever
+        raise OSError(0, f"{path.name} is no regular file: remove it")
     with open(path, "rb") as file, tempfile.TemporaryFile(dir=path.parent) as now:
         owner, mine = {}, identify(os.getpid())
         with suppress(ValueError, TypeError, RecursionError):  # else it is being written

@@ -3,8 +3,8 @@
 WHEN: "in update 6" (before its last micro-batch), "after update 19", "in the save of update 16",
 "in the save of best", "in the second evaluation". ON: the process, 0 where it is not said.
 WHAT: KILL ends every process and the launcher at once, DIE this process only, ORPHAN the launcher
-only. TERM and INT ask the launcher to end, or this process where there is none. FULL is a disk that
-is full just then.
+only, WORKER the newest DataLoader worker of this process. TERM and INT ask the launcher to end, or
+this process where there is none. FULL is a disk that is full just then.
 """
 
 import errno
@@ -44,6 +44,11 @@ def interrupt():
     elif what == "ORPHAN":
         launcher.kill()
         while os.getppid() == launcher.pid:  # not wait(): nobody may have read its status yet
+            time.sleep(0.01)
+    elif what == "WORKER":
+        worker = psutil.Process().children()[-1]
+        worker.kill()
+        while worker.status() != psutil.STATUS_ZOMBIE:  # not wait(): torch has to find it
             time.sleep(0.01)
     elif what == "FULL":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

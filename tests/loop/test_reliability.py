@@ -210,6 +210,13 @@ def test_a_log_that_cannot_be_written_is_refused_first(path):
             make_output_dir(READER, str(folder), "auto")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/nowhere")])
+def test_no_regular_file_in_the_place_of_the_owner(make, path):
+    make(path)
+    with pytest.raises(UserError, match="--output_dir .*.owner is no regular file: remove it"):
+        make_output_dir(READER, str(path.parent), "auto")
+
+
 @pytest.mark.parametrize("name", ["best", "metric.csv", "run.yaml"])
 def test_what_no_run_made_is_not_overwritten(name, path):
     path.with_name(name).touch()

@@ -1,6 +1,7 @@
 """Backbones of any family under any launch: trained, stopped, resumed, evaluated; or refused."""
 
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -88,6 +89,21 @@ REFUSED = {  # {what: (ours or the kind of a backbone, what is done to it, what 
     "a pointer": ("vit", other_bytes(lambda b: b"version https://git-lfs"), "or of git-lfs"),
     "no mean": ("ours", other_json("config.json", image_mean=None), "three numbers, not None"),
     "mean": ("vit", other_json("preprocessor_config.json", image_mean=0.5), "numbers, not 0.5"),
+    "no config": (
+        "ours",
+        lambda folder: (folder / "config.json").write_text("5"),
+        "model.py, line",
+    ),
+    "deviation": ("ours", other_json("config.json", image_std=[1, 0, 1]), "three numbers above 0"),
+    "NaN": ("ours", other_json("config.json", image_mean=[1, math.nan, 1]), "three numbers, not"),
+    "no pixels": ("ours", other_json("config.json", page_size=0), "page_size must be a whole"),
+    "text for a size": ("ours", other_json("config.json", element_size="x"), "a whole .* not 'x'"),
+    "another kind": ("vit", other_json("config.json", hidden_size="x"), "Error: .*model.py, line"),
+    "no dict": (
+        "vit",
+        lambda f: (f / "preprocessor_config.json").write_text("5"),
+        "model.py, line",
+    ),
     "another size": ("vit", other_json("config.json", hidden_size=64), "3. of its 40 weights"),
     "text": ("bert", lambda folder: None, "bert gives no features of images"),
 }
