@@ -201,9 +201,8 @@ def predict(accelerator, model, dataloader, dataset, *needed):
     """
     indices, outputs = [], defaultdict(list)
     disable = not accelerator.is_main_process or None  # None: a bar only on a terminal
-    for batch in tqdm(
-        batches_of(dataloader), "evaluating", len(dataloader), False, disable=disable
-    ):
+    batches = batches_of(dataloader)
+    for batch in tqdm(batches, "evaluating", len(dataloader), leave=False, disable=disable):
         launch.stop_if_asked()  # Ctrl+C in training; a resume redoes this update's evaluations
         index = batch.pop("index")  # (B,), -1 for padding
         batch.pop("weight", None)

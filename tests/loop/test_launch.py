@@ -1,6 +1,8 @@
 """Launches: each config as it stands, and those that accelerate would quietly change."""
 
+import os
 import re
+import signal
 import subprocess
 from argparse import Namespace
 
@@ -114,6 +116,19 @@ def test_a_stop_is_agreed_on_between_the_hosts(monkeypatch):
     assert asked["group"] == "of gloo"
 
 
+@pytest.mark.parametrize("number", runtime.launch.STOP)
+def test_a_signal_waits_for_the_end_of_the_update(number, monkeypatch):
+    monkeypatch.setattr(runtime.launch, "_stop", Namespace(signal=0, group=None, launcher=None))
+    before = {number: signal.getsignal(number) for number in runtime.launch.STOP}
+    runtime.launch.watch_for_stop(Namespace(num_processes=1))
+    os.kill(os.getpid(), number)
+    with pytest.raises(runtime.launch.Stopped) as stopped:
+        runtime.launch.stop_if_asked()
+    for each, handler in before.items():
+        signal.signal(each, handler)
+    assert stopped.value.status == 128 + number
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_determinism_is_asked_for_and_tf32_is_off(asked, monkeypatch):
     found = []
@@ -124,14 +139,17 @@ def test_determinism_is_asked_for_and_tf32_is_off(asked, monkeypatch):
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 
-def test_machines_that_do_not_share_a_disk(tmp_path):
-    main, other = (
-        Namespace(is_main_process=main, wait_for_everyone=lambda: None) for main in (True, False)
-    )
-    check_shared(main, tmp_path)
+def test_machines_that_do_not_share_a_disk(tmp_path, monkeypatch):
+    reader = Namespace(wait_for_everyone=lambda: None)
+    check_shared(reader, tmp_path)
     assert not list(tmp_path.iterdir())
+
+    def tell(name):
+        name[0] = "what the first wrote on its own disk"
+
+    monkeypatch.setattr(runtime.launch, "broadcast_object_list", tell)
     with pytest.raises(UserError, match="name a shared disk"):
-        check_shared(other, tmp_path)
+        check_shared(reader, tmp_path)
 
 
 @pytest.mark.slow
