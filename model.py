@@ -192,8 +192,9 @@ def load_model(model_name_or_path: str | Path | None, options=None) -> DualEncod
     sizes = {name: size for name, size in sizes.items() if size is not None}
     if model_name_or_path is None:
         return DualEncoder(DualEncoderConfig(**sizes))
-    if os.path.lexists(model_name_or_path):  # transformers gives another reason than the system
-        os.listdir(model_name_or_path)
+    if os.path.lexists(model_name_or_path):  # where it may not read, transformers says other things
+        for file in filter(os.path.isfile, os.scandir(model_name_or_path)):
+            open(file, "rb").close()
     config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     if isinstance(config, DualEncoderConfig):
         return load_weights(DualEncoder, model_name_or_path, whole=True, **sizes)

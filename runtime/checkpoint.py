@@ -259,12 +259,9 @@ def write_model(accelerator, model, folder, state):
 def read_training_config(model_dir: str, needed) -> dict:
     """What `write_model` saved beside the weights. needed: names it must have. Raises UserError."""
     path = Path(model_dir) / TRAINING_CONFIG
-    if not path.is_file():
-        raise UserError(
-            f"--model_dir {model_dir}: there is no {TRAINING_CONFIG} in it; "
-            "name a folder that train.py saved"
-        )
     with option_named(f"--model_dir {path}"):
+        if not path.is_file():
+            raise ValueError("it is not there; name a folder that train.py saved")
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it holds no options")
