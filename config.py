@@ -47,7 +47,7 @@ class Config:
     page_size: int | None = option(None, "pixels of a page; None: as the model says", at_least=1)
     element_size: int | None = option(None, "of an element; None: as the model says", at_least=1)
     gradient_checkpointing: bool = setting(
-        False, "computes activations again in backward: less memory, a third more time"
+        False, "computes activations again in backward: less memory for one more forward"
     )
 
     num_train_epochs: int = option(
