@@ -99,9 +99,9 @@ class Runs:
         runs.append(self.describe(folder, "resumed", *flags, *resumed, gradients=True))
         for fault in [*FAULTS, *IN_ONE_LINE, "outputs of uneven width"]:
             others = resumed if "resume" in fault else []
-            runs.append(
-                self.describe(folder, fault, *flags, *others, gradients=True) | {"fault": fault}
-            )
+            needed = FAULTS.get(fault) == "gradient"
+            run = self.describe(folder, fault, *flags, *others, gradients=needed)
+            runs.append(run | {"fault": fault})
         self.launch(folder, runs, "cpu_2_processes", 2)
         for run in runs:
             first = 5 if "resume" in run["name"] else 0

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import sample_data
 
 ROWS = {"train": 149, "eval": 21, "test_vocabulary": 19}
-GLOBAL_BATCH, UPDATES = 12, 30  # 13 updates an epoch, the last one with 5 rows
+GLOBAL_BATCH, UPDATES = 12, 18  # 13 updates an epoch, the last one with 5 rows
 OPTIONS = ["--max_steps", UPDATES, "--logging_steps", 1, "--eval_steps", 0]
 OPTIONS += ["--learning_rate", 3e-5, "--max_grad_norm", 5, "--per_device_eval_batch_size", 16]
 pytestmark = pytest.mark.slow
