@@ -383,7 +383,7 @@ def errors_in_one_line():
         os._exit(130)
     except RuntimeError as error:
         if "DataLoader worker (pid" in str(error):
-            said = str(error).splitlines()[0]
+            said = str(error).splitlines()[-1]
             say_and_exit(f"error: {said} Out of memory? {SAFE}", 1)
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
