@@ -18,7 +18,7 @@ import sample_data
 ROWS = {"train": 149, "eval": 21, "test_vocabulary": 19}
 GLOBAL_BATCH, UPDATES = 12, 18  # 13 updates an epoch, the last one with 5 rows
 OPTIONS = ["--max_steps", UPDATES, "--logging_steps", 1, "--eval_steps", 0]
-OPTIONS += ["--learning_rate", 3e-5, "--max_grad_norm", 5, "--per_device_eval_batch_size", 16]
+OPTIONS += ["--learning_rate", 3e-5, "--max_grad_norm", 4, "--per_device_eval_batch_size", 16]
 pytestmark = pytest.mark.slow
 
 
@@ -73,7 +73,7 @@ def test_trainer_trains_to_the_same_bits(with_trainer):
     for name in ("train/learning_rate", "train/grad_norm"):
         assert column(ours.lines, name) == column(trainer.lines, name) != {}
     norms = column(ours.lines, "train/grad_norm").values()
-    assert min(norms) < 5 < max(norms)
+    assert min(norms) < 4 < max(norms)
     ours_weights, theirs = (
         load_file(run.model_dir / "model.safetensors") for run in (ours, trainer)
     )
