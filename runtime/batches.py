@@ -123,7 +123,9 @@ def batches_of(dataloader: DataLoader):
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
-        print(f"{str(error).splitlines()[-1]} Out of memory? The run is saved, and ends", flush=True)
+        print(
+            f"{str(error).splitlines()[-1]} Out of memory? The run is saved, and ends", flush=True
+        )
         ask_to_stop()
         yield from skip_first_batches(dataloader, done)
 

@@ -76,7 +76,10 @@ def kept(folder: Path, kind: str, key: str, make) -> dict[str, np.ndarray]:
     key: all that they depend on. Every process must call this. Raises UserError.
     """
     path = once_a_machine(find_or_make, folder, kind, key, make)
-    return {file.stem: Mapped(file) for file in path.glob("*.npy")}
+    try:
+        return {file.stem: Mapped(file) for file in path.glob("*.npy")}
+    except OSError as error:  # each keeps a file open
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def find_or_make(folder, kind, key, make):

@@ -20,6 +20,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    PrecisionType,
     broadcast_object_list,
     is_deepspeed_available,
 )
@@ -167,6 +168,11 @@ def check_launch(accelerator: Accelerator, gradient_accumulation_steps: int):
         raise UserError(
             "FSDP 1 is not supported: write fsdp_version: 2 into the config, "
             "as in accelerate_config/fsdp2.yaml"
+        )
+    if accelerator.mixed_precision not in PrecisionType.list():  # it would compute in float32
+        raise UserError(
+            f"the launch asks for mixed precision {accelerator.mixed_precision}; "
+            f"name one of {', '.join(PrecisionType.list())}"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")

@@ -73,6 +73,7 @@ def test_no_silent_fall_back(config, environment, message, tiny, tmp_path):
             *({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1 is not"),
         ),
         ({"mixed_precision": "fp16"}, {}, "fp16 needs a GPU"),
+        ({"mixed_precision": "bf61"}, {}, "bf61; name one of"),
     ],
 )
 def test_a_launch_that_is_not_what_was_asked_for(made, environment, message, monkeypatch):
