@@ -251,6 +251,10 @@ def write_model(accelerator, model, folder, state):
         # The names in a compiled model begin with this, and nothing could load them.
         state_dict = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+        # ZeRO and FSDP2 give a copy for each name of a tied weight. It would be saved twice.
+        first = {}
+        for name, parameter in plain.named_parameters(remove_duplicate=False):
+            state_dict[name] = state_dict[first.setdefault(id(parameter), name)]
         plain.save_pretrained(folder, state_dict=state_dict)
         (folder / TRAINING_CONFIG).write_text(json.dumps(state.training_config, indent=2))
         write_card(folder, plain, state)

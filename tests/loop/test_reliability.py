@@ -14,7 +14,10 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 from conftest import REPOSITORY
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from runtime import checkpoint as saving
 from runtime import lock, tracking
 from runtime.batches import make_dataloader
 from runtime.checkpoint import checkpoints_in, read_training_config, remove, writing
@@ -246,6 +249,18 @@ def test_git_ends_no_run(program, tmp_path, monkeypatch):
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert tracking.git_commit() in ("\ufffd", None)
+
+
+def test_a_tied_weight_is_saved_once(tmp_path, monkeypatch):
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 16, "n_positions": 8}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    copies = {name: value.clone() for name, value in model.state_dict().items()}  # as ZeRO gives
+    given = Namespace(get_state_dict=lambda model: copies, unwrap_model=lambda model, **_: model)
+    monkeypatch.setattr(saving, "write_card", lambda *_: None)
+    given.is_main_process, state = True, Namespace(training_config={})
+    saving.write_model(given, model, tmp_path, state)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert "transformer.wte.weight" in saved and "lm_head.weight" not in saved
 
 
 # ---- what is read back
