@@ -510,9 +510,9 @@ class RerankDataset(Dataset):
     def images_of(self, item):
         return self.elements if item < len(self.element_ids) else self.pages
 
-    def score(self, outputs):
-        """Embeddings of all items, {"outputs": (M, D)}, to scores float32 (N, C)."""
-        return rerank_scores(outputs["outputs"], self.queries, self.candidates)
+    def score(self, outputs, rows):
+        """Embeddings of all items, {"outputs": (M, D)}, to scores of some rows, float32 (n, C)."""
+        return rerank_scores(outputs["outputs"], self.queries[rows], self.candidates[rows])
 
     def name_item(self, item):
         images = self.images_of(item)

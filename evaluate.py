@@ -51,6 +51,7 @@ from runtime.evaluation import (
     gather_items,
     make_prediction,
     mean_loss,
+    score_rows,
 )
 from runtime.resume import collect_losses, training_metrics
 from runtime.tracking import show, write_report
@@ -189,7 +190,7 @@ def rerank_evaluation_loop(accelerator, model, dataloader, evaluation):
     An image goes through the model once, and not once for each query and process.
     """
     outputs = predict(accelerator, model, dataloader, evaluation.dataset)  # {name: (M, ...)}
-    scores = evaluation.dataset.score(outputs)  # (N, C)
+    scores = score_rows(accelerator, evaluation.dataset, outputs)  # (N, C)
     prediction = make_prediction([scores], evaluation.dataset)
     return prediction, check_metrics(evaluation.compute_metrics(prediction))
 

@@ -45,6 +45,15 @@ def gather_items(accelerator, indices, outputs, dataset):
     return {name: gather(accelerator, outputs.pop(name))[places] for name in list(outputs)}
 
 
+def score_rows(accelerator, dataset, outputs):
+    """What `score` of the data set makes of the outputs, (N, ...). Each process scores a share."""
+    num_rows = len(dataset.labels)
+    share = math.ceil(num_rows / accelerator.num_processes)
+    first = min(share * accelerator.process_index, num_rows - 1)  # else `score` might get no row
+    scores = [dataset.score(outputs, slice(first, first + share))]
+    return gather(accelerator, scores)[:num_rows]
+
+
 def gather(accelerator, batches):
     """(B, ...) of each batch of each process to (all, ...), padded where their widths differ."""
     first = batches[0]

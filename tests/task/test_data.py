@@ -662,7 +662,7 @@ def test_rerank_scores_stand_at_the_columns_of_the_candidates(data_dir):
     embeddings[len(rerank.element_ids) :, : len(rerank.element_ids)] = torch.rand(
         len(rerank.page_ids), len(rerank.element_ids)
     )
-    scores = rerank.score({"outputs": embeddings})
+    scores = rerank.score({"outputs": embeddings}, slice(None))
     rows = read_csv(rerank.path)
     longest = max(len(ast.literal_eval(row["candidate_resourceKey"])) for row in rows)
     assert scores.shape == (17, longest) and scores.dtype == torch.float32
