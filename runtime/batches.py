@@ -16,8 +16,8 @@ A data set has
     path, counts        its CSV, and {what became of the rows: how many}, for log and screen.
 In an evaluation on a DataLoader of its own an item is what goes through the model once: an image
 of several rows, or a prompt. Its data set also has
-    score(outputs, rows)  {name: (M, ...)}, what `forward` returned, to the predictions of a slice of
-                        the rows, (n, C): scores padded with -inf, or whole numbers.
+    score(outputs, rows)  {name: (M, ...)}, what `forward` returned, to the predictions of a slice
+                        of the rows, (n, C): scores padded with -inf, or whole numbers.
 
 A model has forward(**batch). It returns a dict of tensors, whose first axis is the items. For
 training and the shared evaluation it has `losses`, float32 (B,): of each item the mean over what
