@@ -13,6 +13,7 @@ from page_data import make_tiny_model, read_csv, write_data
 from torch.nn import functional
 
 import evaluate
+import runtime.evaluation
 from data import decode_image, read_datasets
 from metrics import compute_metrics
 from model import load_model
@@ -338,6 +339,21 @@ def test_both_evaluations_by_brute_force(data, model):
         scores = predictions["rerank"].predictions[i]
         assert scores[: len(keys)] == pytest.approx(expected.numpy(), abs=1e-6)
         assert (scores[len(keys) :] == -np.inf).all()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_each_process_scores_a_share_of_the_rows(processes, monkeypatch):
+    """None gets no row: a `score` of one's own may not expect it."""
+    monkeypatch.setattr(runtime.evaluation, "gather", lambda accelerator, batches: batches[0])
+    dataset = Namespace(labels=np.zeros(5), score=lambda outputs, rows: outputs["outputs"][rows])
+    outputs, share = {"outputs": torch.arange(5)}, -(-5 // processes)
+    scored = []
+    for rank in range(processes):
+        process = Namespace(num_processes=processes, process_index=rank)
+        part = runtime.evaluation.score_rows(process, dataset, outputs)
+        assert 1 <= len(part) <= share
+        scored += [*part.tolist(), *[None] * (share - len(part))]  # as a gather pads
+    assert scored[:5] == [0, 1, 2, 3, 4]
 
 
 def test_scores_that_are_not_finite_are_named(data, tmp_path):
