@@ -351,9 +351,9 @@ def find_image(root: str, key: str) -> str:
         require_file(path)
     except (OSError, ValueError) as error:  # also a null byte, or what the locale cannot spell
         reason = error.strerror if isinstance(error, OSError) else error
-        if isinstance(error, FileNotFoundError) and not key.isascii():
-            whole = forms[1] + ".png"
-            if whole in (unicodedata.normalize("NFC", name) for name in os.listdir(root)):
+        with suppress(OSError):  # a folder that is not there
+            there = (unicodedata.normalize("NFC", name) for name in os.listdir(root))
+            if isinstance(error, FileNotFoundError) and f"{forms[1]}.png" in there:
                 reason = "a file there has these letters in pieces in part (NFD): rename it"
         raise UserError(f"{root}: {shorten(f'{key}.png')}: {reason}") from None
     if not path.startswith(os.path.join(root, "")):

@@ -263,6 +263,15 @@ def test_keys_that_name_a_file(folder, form):
         assert there == f"{name}.png" and os.path.exists(found)
 
 
+def test_a_name_that_is_spelled_both_ways(folder):
+    mixed = "가" + unicodedata.normalize("NFD", "나")
+    (folder / f"{mixed}.png").touch()
+    with pytest.raises(UserError, match=r"가나.png': a file there .* \(NFD\): rename it"):
+        find_image(os.path.realpath(folder), "가나")
+    with pytest.raises(UserError, match="No such file"):
+        find_image(f"{folder}/nowhere", "가나")
+
+
 NO_FILES = {
     "A": "No such file", "a ": "No such file", "": "No such file", "a.png": "No such file",
     "b/a": "No such file", "gone": "No such file", "a\n": "No such file", "ａ": "No such file",
