@@ -351,9 +351,9 @@ def find_image(root: str, key: str) -> str:
         require_file(path)
     except (OSError, ValueError) as error:  # also a null byte, or what the locale cannot spell
         reason = error.strerror if isinstance(error, OSError) else error
-        with suppress(OSError):  # a folder that is not there
+        with suppress(OSError, ValueError):  # a folder that is not there, a null byte
             there = (unicodedata.normalize("NFC", name) for name in os.listdir(root))
-            if isinstance(error, FileNotFoundError) and f"{forms[1]}.png" in there:
+            if not any(map(os.path.lexists, paths)) and f"{forms[1]}.png" in there:
                 reason = "a file there has these letters in pieces in part (NFD): rename it"
         raise UserError(f"{root}: {shorten(f'{key}.png')}: {reason}") from None
     if not path.startswith(os.path.join(root, "")):
