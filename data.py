@@ -340,14 +340,13 @@ class Images:
 
 
 def find_image(root: str, key: str) -> str:
-    """The file of a key, inside `root`, a folder's real path. Raises UserError."""
+    """The file of a key, inside `root`, a real path. Links are followed. Raises UserError."""
     # Macs spell a Korean letter in pieces (NFD), others mostly whole: either form finds the other.
     forms = (key, unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key))
     paths = [os.path.join(root, f"{form}.png") for form in forms]
     try:
         key.encode()  # half a character could not be written to metric.csv
-        path = next(filter(os.path.lexists, paths), paths[0])
-        path = os.path.realpath(path, strict=True)  # links are followed
+        path = os.path.realpath(next(filter(os.path.lexists, paths), paths[0]), strict=True)
         require_file(path)
     except (OSError, ValueError) as error:  # also a null byte, or what the locale cannot spell
         reason = error.strerror if isinstance(error, OSError) else error
