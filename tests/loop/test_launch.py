@@ -222,7 +222,7 @@ def test_evaluate_is_not_for_deepspeed(tiny, tmp_path):
 def test_the_slurm_script(tiny, tmp_path):
     """As Slurm would run it on two machines of one GPU each: srun starts it on both."""
     for name, text in {
-        "scontrol": "echo localhost; echo other",
+        "scontrol": "echo localhost; sleep 0.2; echo other",
         "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
