@@ -328,7 +328,7 @@ class Images:
     def stat(self, key):
         with suppress(OSError, ValueError):  # the fast way
             return os.stat(f"{self.root}/{key}.png")
-        return os.stat(find_image(self.root, key))
+        return os.stat(next(filter(os.path.lexists, spellings(self.root, key)), ""))
 
     def decode(self, number):
         return decode_image(find_image(self.root, self.keys[number]), self.size).numpy()
@@ -341,9 +341,7 @@ class Images:
 
 def find_image(root: str, key: str) -> str:
     """The file of a key, inside `root`, a real path. Links are followed. Raises UserError."""
-    # Macs spell a Korean letter in pieces (NFD), others mostly whole: either form finds the other.
-    forms = (key, unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key))
-    paths = [os.path.join(root, f"{form}.png") for form in forms]
+    paths = spellings(root, key)
     try:
         key.encode()  # half a character could not be written to metric.csv
         path = os.path.realpath(next(filter(os.path.lexists, paths), paths[0]), strict=True)
@@ -352,12 +350,20 @@ def find_image(root: str, key: str) -> str:
         reason = error.strerror if isinstance(error, OSError) else error
         with suppress(OSError, ValueError):  # a folder that is not there, a null byte
             there = (unicodedata.normalize("NFC", name) for name in os.listdir(root))
-            if not any(map(os.path.lexists, paths)) and f"{forms[1]}.png" in there:
+            whole = unicodedata.normalize("NFC", f"{key}.png")
+            if not any(map(os.path.lexists, paths)) and whole in there:
                 reason = "a file there has these letters in pieces in part (NFD): rename it"
         raise UserError(f"{root}: {shorten(f'{key}.png')}: {reason}") from None
     if not path.startswith(os.path.join(root, "")):
         raise UserError(f"{shorten(key)} points outside {root}")
     return path
+
+
+def spellings(root: str, key: str) -> list[str]:
+    """The paths that may be its file's: as it stands, in NFC, in NFD."""
+    # Macs spell a Korean letter in pieces (NFD), others mostly whole: either form finds the other.
+    forms = (key, unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key))
+    return [os.path.join(root, f"{form}.png") for form in forms]
 
 
 def decode_image(path, size: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ import random
 import struct
 import unicodedata
 import zlib
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from page_data import COLUMNS, read_table, write_csv
 from PIL import Image
 
 from config import Config, read_config
-from data import decode_image, find_image, read_tables
+from data import Images, decode_image, find_image, read_tables
 from runtime.launch import UserError
 
 REFUSED = "refused"
@@ -270,6 +271,14 @@ def test_a_name_that_is_spelled_both_ways(folder):
         find_image(os.path.realpath(folder), "가나")
     with pytest.raises(UserError, match="No such file"):
         find_image(f"{folder}/nowhere", "가나")
+
+
+def test_many_missing_images_list_no_folder(folder, monkeypatch):
+    """To look for each among millions of names would take hours, before the first is told."""
+    monkeypatch.setattr(os, "listdir", None)
+    for key in ("가나", "no", "a\0"):
+        with pytest.raises((OSError, ValueError)):
+            Images.stat(Namespace(root=str(folder)), key)
 
 
 NO_FILES = {
